@@ -1,0 +1,325 @@
+"""Prompts, with optional metadata and images, from a text file, JSON lines, parquet, the Hugging Face hub, or `shapes`.
+
+    train = load("data/ocr.txt")                       # 90 % of the file
+    test = load("data/ocr.txt", split="eval")          # the other 10 %: no prompt text is on both sides
+    rows = order(len(train), seed, cursor, count)      # which prompts come next; `cursor` is all there is to save
+    train[rows[0]]                                     # {"prompt": str, "metadata": dict, "image": None | PIL.Image}
+
+Everything is checked once, in `load`, so that a broken line 70,000 stops a run before the models are loaded. After that
+only one int64 a prompt stays in memory: a byte offset or a row number; text and images are read on access.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+from array import array
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+KNOWN = ".txt (one prompt a line), .jsonl (GenEval format), .parquet, hub:owner/name#column, shapes"
+
+
+class PromptSet:
+    """`rows` int64 [len]: where each prompt is; `read(row)` -> (prompt, metadata, image file | bytes | None, where)."""
+
+    def __init__(self, rows, read):
+        self.rows, self.read = rows, read
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        prompt, metadata, image, where = self.read(int(self.rows[i]))
+        return {"prompt": prompt, "metadata": metadata, "image": None if image is None else _decode(image, where)}
+
+
+def load(source, split="train", held_out=0.1, eval_source=None):
+    """The prompts of `source` (see KNOWN) as a PromptSet.
+
+    split: "train", "eval" or "all". The eval split is the prompts whose text hashes into the lowest `held_out` part of
+    the hash range: no state, and a prompt stays on its side when the file is shuffled or grows. `shapes` brings its
+    own.
+    eval_source: the file that evaluation uses instead. "train" is then all of `source` but the prompts which are also
+    in that file (training on GenEval-like prompts must leave the benchmark's own out), and "eval" is all of that file.
+    Raises ValueError, "FILE:LINE: expected ..., got ..." where a line is to blame, and FileNotFoundError.
+    """
+    if split not in ("train", "eval", "all"):
+        raise ValueError(f'expected split "train", "eval" or "all", got {split!r}')
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"expected held_out between 0 and 1, got {held_out}")
+    if split == "eval" and eval_source is not None:
+        return load(eval_source, split="all")
+    rows, keys, read = _scan(source)
+    if split == "all":
+        return PromptSet(rows, read)
+    if eval_source is not None:
+        keep = ~np.isin(keys, _scan(eval_source)[1])
+        why = f"all of its prompts are also in {eval_source}"
+    else:
+        is_eval = rows < 0 if source == "shapes" else keys < held_out * 2.0**64
+        keep = is_eval if split == "eval" else ~is_eval
+        why = f"held_out={held_out} of its {len(rows):,} prompts leaves none for it"
+    if not keep.any():
+        raise ValueError(
+            f"{source}: the {split} split is empty, {why}; give evaluation its own file with --eval-prompts"
+        )
+    return PromptSet(rows[keep], read)
+
+
+def order(size, seed, start, count):
+    """Entries start .. start+count of an endless stream of epochs over range(size): int64 [count].
+
+    Epoch e is a permutation that depends on (seed, e) only, so the whole state of the data is the integer `start`. With
+    w ranks of P prompts, rank r takes [r*P : (r+1)*P] of order(size, seed, cursor, w*P) and all advance the cursor by
+    w*P: the stream is the same for any w. Ranks are disjoint within an epoch; in the one call that runs over its end
+    the first prompts of the next epoch may repeat some of the last, and w*P > size has to repeat.
+    Cost: one shuffle per new epoch touched (about 20 ms per million), then a slice.
+    """
+    if size < 1 or start < 0 or count < 0:
+        raise ValueError(f"expected size >= 1, start >= 0 and count >= 0, got {size}, {start}, {count}")
+    size, start, count = int(size), int(start), int(count)
+    pieces = [np.empty(0, np.int64)]
+    while count > 0:
+        epoch, at = divmod(start, size)
+        piece = _epoch(size, int(seed), epoch)[at : at + count]
+        pieces.append(piece)
+        start, count = start + len(piece), count - len(piece)
+    return np.concatenate(pieces)
+
+
+@functools.lru_cache(maxsize=2)  # the train and the eval stream; 8 bytes a prompt
+def _epoch(size, seed, epoch):
+    permutation = np.random.default_rng([seed, epoch]).permutation(size)
+    permutation.setflags(write=False)
+    return permutation
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources. Each _scan_* is the validation pass: -> rows int64 [n], keys uint64 [n] (hash of the prompt), read(row).
+
+
+def _scan(source):
+    source = str(source)
+    if source == "shapes":
+        return _scan_shapes()
+    if source.startswith("hub:"):
+        files, column = _download(source)
+        return _scan_parquet(files, column)
+    path = Path(source)
+    if path.suffix not in (".txt", ".jsonl", ".parquet"):
+        raise ValueError(f"{source}: unknown kind of prompts {path.suffix or source!r}; known: {KNOWN}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{source}: no such file; --prompts takes: {KNOWN}")
+    rows, keys, read = _scan_parquet([path], "prompt") if path.suffix == ".parquet" else _scan_lines(path)
+    if len(rows) == 0:
+        raise ValueError(f"{source}: expected at least one prompt, got an empty file")
+    return rows, keys, read
+
+
+def _scan_lines(path):
+    parse = _parse_json if path.suffix == ".jsonl" else _parse_text
+    rows, keys, offset = array("q"), array("Q"), 0
+    with open(path, "rb") as file, _progress(path, path.stat().st_size, "B") as progress:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if _parse_text(line, path, where, number == 1)[0]:
+                prompt, _, image, _ = parse(line, path, where, number == 1)
+                if image is not None and not image.is_file():
+                    raise ValueError(f"{where}: expected an image file, got {image}, which does not exist")
+                rows.append(offset)
+                keys.append(_key(prompt))
+            offset += len(line)
+            progress.update(len(line))
+
+    def read(offset):
+        with open(path, "rb") as file:  # opened anew: safe in threads and forked workers, some 10 us
+            file.seek(offset)
+            return parse(file.readline(), path, f"{path}: byte {offset}", offset == 0)
+
+    return np.array(rows, dtype=np.int64), np.array(keys, dtype=np.uint64), read
+
+
+def _parse_text(line, path, where, first):
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        bad = line[error.start]
+        raise ValueError(f"{where}: expected UTF-8 text, got byte 0x{bad:02x} at column {error.start + 1}") from None
+    return text.strip(), {}, None, where
+
+
+def _parse_json(line, path, where, first):
+    text = _parse_text(line, path, where, first)[0]
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected a JSON object, got {_short(text)} ({error})") from None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {_short(text)}")
+    if "prompt" not in metadata:
+        raise ValueError(f'{where}: expected a key "prompt", got only {sorted(metadata)}')
+    prompt, image = _checked(metadata.pop("prompt"), where), metadata.pop("image", None)
+    if image is not None and not isinstance(image, str):
+        raise ValueError(f"{where}: expected `image` to be a path (text), got {_short(json.dumps(image))}")
+    return prompt, metadata, None if image is None else path.parent / image, where
+
+
+def _scan_parquet(paths, column):
+    import pyarrow as pa  # only here: text files need no pyarrow
+    import pyarrow.parquet as pq
+
+    def is_text(kind):
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    def is_image(kind):
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    def is_scalar(kind):
+        return is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+    files, groups, keys = [], [], array("Q")  # groups: (file number, row group), in order
+    for path in paths:
+        try:
+            file = pq.ParquetFile(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path}: expected a parquet file, got: {str(error).splitlines()[0]}") from None
+        schema = file.schema_arrow
+        if column not in schema.names:
+            raise ValueError(f"{path}: expected a column {column!r}, got the columns {', '.join(schema.names)}")
+        if not is_text(schema.field(column).type):
+            raise ValueError(f"{path}: expected text in column {column!r}, got {schema.field(column).type}")
+        if "image" in schema.names and not is_image(schema.field("image").type):
+            kind = schema.field("image").type
+            raise ValueError(f"{path}: expected bytes or a struct of bytes and path in column 'image', got {kind}")
+        number, total = 0, file.metadata.num_rows
+        with _progress(path, total, " rows") as progress:
+            for batch in file.iter_batches(columns=[column]):
+                for prompt in batch.column(0).to_pylist():
+                    number += 1
+                    keys.append(_key(_checked(prompt, f"{path}:{number}")))
+                progress.update(batch.num_rows)
+        extra = [f.name for f in schema if f.name not in (column, "image") and is_scalar(f.type)]
+        groups += [(len(files), group) for group in range(file.num_row_groups)]
+        files.append((path, file, [column, *extra, *(["image"] if "image" in schema.names else [])]))
+    sizes = [files[f][1].metadata.row_group(group).num_rows for f, group in groups]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    file_start = np.cumsum([0] + [file.metadata.num_rows for _, file, _ in files])
+
+    @functools.lru_cache(maxsize=1)  # one row group stays in memory; shuffled access to many groups rereads them
+    def table(group):
+        number, local = groups[group]
+        return files[number][1].read_row_group(local, columns=files[number][2])
+
+    def read(row):
+        group = int(np.searchsorted(ends, row, side="right"))
+        start = int(ends[group]) - sizes[group]
+        number = groups[group][0]
+        metadata = table(group).slice(row - start, 1).to_pylist()[0]
+        path = files[number][0]
+        where = f"{path}:{row - int(file_start[number]) + 1}"
+        prompt, image = metadata.pop(column), metadata.pop("image", None)
+        if isinstance(image, dict):
+            file = image.get("path")
+            image = image["bytes"] if image["bytes"] is not None else None if file is None else Path(path).parent / file
+        return prompt.strip(), metadata, image, where
+
+    return np.arange(len(keys), dtype=np.int64), np.array(keys, dtype=np.uint64), read
+
+
+def _download(source):
+    """hub:owner/name#column -> (parquet files, column). The train files where there are any, else all of them."""
+    import httpx
+    import huggingface_hub
+
+    name, _, column = source.removeprefix("hub:").partition("#")
+    if name.count("/") != 1 or not column:
+        raise ValueError(f"expected hub:owner/name#column, got {source}")
+    get = functools.partial(huggingface_hub.snapshot_download, name, repo_type="dataset")
+    why = None
+    for revision in ("main", "refs/convert/parquet"):  # the second: the hub's own conversion of JSON and CSV data sets
+        for pattern in ("*train*.parquet", "*.parquet"):
+            try:
+                folder = Path(get(revision=revision, allow_patterns=[pattern]))
+            except huggingface_hub.errors.LocalEntryNotFoundError:
+                why = why or "not in the local cache, and no connection to the hub"
+            except huggingface_hub.errors.GatedRepoError:
+                why = why or "its owner grants access on request"
+            except huggingface_hub.errors.RepositoryNotFoundError:
+                why = why or "no such data set, or a private one"
+            except (OSError, ValueError, httpx.HTTPError) as error:
+                why = why or str(error).strip().splitlines()[0]
+            else:
+                files = [p for p in sorted(folder.rglob("*.parquet")) if fnmatch(str(p.relative_to(folder)), pattern)]
+                if files:
+                    return files, column
+    raise ValueError(
+        f"hub:{name}: cannot get its parquet files ({why or 'it has none'}); check the id and the network, and for a"
+        f" gated or private data set ask for access at huggingface.co/datasets/{name}, then `hf auth login`"
+    )
+
+
+def _scan_shapes():
+    from data import shapes
+
+    train, held_out = _balanced(shapes.train_prompts()), _balanced(shapes.held_out_prompts())
+    items = train + held_out
+
+    def read(row):
+        metadata = dict(items[row])
+        return metadata.pop("prompt"), metadata, None, "shapes"
+
+    rows = np.arange(len(items), dtype=np.int64)
+    rows[len(train) :] -= len(items)  # negative rows are the held-out ones, and index `items` all the same
+    return rows, np.array([_key(item["prompt"]) for item in items], dtype=np.uint64), read
+
+
+def _balanced(items):
+    """Every tag as often as the one with most prompts: nine in ten of the world's prompts are about positions."""
+    tags = {}
+    for item in items:
+        tags.setdefault(item["tag"], []).append(item)
+    most = max(len(group) for group in tags.values())
+    return [group[i % len(group)] for group in tags.values() for i in range(most)]
+
+
+def _checked(prompt, where):
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: expected the prompt to be text, got {_short(repr(prompt))}")
+    if not prompt.strip():
+        raise ValueError(f"{where}: expected a prompt, got blank text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: expected text, got a lone surrogate in {_short(ascii(prompt))}") from None
+    return prompt.strip()
+
+
+def _key(prompt):
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big")
+
+
+def _decode(image, where):
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: expected an image that PIL can read, got: {error}") from None
+
+
+def _short(text):
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _progress(path, total, unit):
+    """Appears after 2 s, on rank 0 only: small files show nothing."""
+    quiet = os.environ.get("RANK", "0") != "0"
+    return tqdm(total=total, unit=unit, unit_scale=True, desc=f"checking {path}", delay=2, leave=False, disable=quiet)

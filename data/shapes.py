@@ -1,0 +1,221 @@
+"""The shapes world: captioned pictures of circles, squares and triangles on white, drawn on the fly.
+
+It needs no files and no network, and every caption can be checked exactly, so that reinforcement learning on it has a
+verifiable reward (`rewards/shapes.py`). A scene is described by metadata in the form of GenEval (Ghosh et al.,
+arXiv 2310.11513), its six tasks included:
+
+    {"tag": "position",
+     "include": [{"class": "square", "count": 1, "color": "blue"},
+                 {"class": "circle", "count": 1, "color": "red", "position": ["left of", 0]}],
+     "prompt": "a red circle left of a blue square"}
+
+`color` is optional; `position` is a relation and the index in `include` of the object it refers to.
+"""
+
+import functools
+import hashlib
+import itertools
+
+import numpy as np
+
+SIZE = 32  # pixels; all lengths below are in pixels at this size and scale with the picture
+CLASSES = ("circle", "square", "triangle")
+# At least one channel of every colour is 0. So the ink of a pixel, 1 - min(r, g, b) / 255, is the exact share of it
+# that an object covers, whatever its colour, and the colour can be unmixed from the white (rewards/shapes.py does).
+COLORS = {
+    "red": (230, 0, 0),
+    "yellow": (255, 210, 0),
+    "green": (0, 175, 50),
+    "blue": (0, 40, 255),
+    "purple": (160, 0, 180),
+    "black": (0, 0, 0),
+}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction (x, y), y down
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+HELD_OUT_SHARE = 0.2
+WIDTH = (8.0, 12.0)  # of an object
+BORDER = 2.0  # least distance of an object from the border
+GAP = 3.0  # least distance between two objects: at least 2 pixels stay pure white between their soft outlines
+POSITION_MARGIN = 0.7  # least offset in the direction asked for; GenEval asks for more than 0.5
+SUPERSAMPLING = 4  # sub-pixels per pixel and axis
+CANDIDATES = 32  # places tried for an object before the whole layout starts again
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def _count_words(name, count, color):
+    number = {1: "a", 2: "two", 3: "three", 4: "four"}[count]
+    return " ".join(w for w in (number, color, name if count == 1 else name + "s") if w)
+
+
+def _item(name, count=1, color=None, position=None):
+    item = {"class": name, "count": count}
+    if color is not None:
+        item["color"] = color
+    if position is not None:
+        item["position"] = position
+    return item
+
+
+@functools.cache
+def _split():
+    """(train, held out) prompts, each in the order of `all_prompts`."""
+    prompts = all_prompts()
+    scenes = {tag: {} for tag in TAGS}  # tag -> scene -> its prompts: a scene told in another order is the same scene
+    for m in prompts:
+        things = [(item.get("color"), item["class"], item["count"]) for item in m["include"]]
+        if m["tag"] == "position":
+            relation = m["include"][1]["position"][0]
+            first, second = (1, 0) if relation in ("left of", "above") else (0, 1)
+            scene = ("horizontal" if relation in ("left of", "right of") else "vertical", things[first], things[second])
+        else:
+            scene = tuple(sorted(things, key=str))
+        scenes[m["tag"]].setdefault(repr(scene), []).append(m["prompt"])
+    held_out = set()
+    for tag in TAGS:
+        by_hash = sorted(scenes[tag], key=lambda scene: hashlib.sha256(scene.encode()).hexdigest())
+        for scene in by_hash[: max(1, round(HELD_OUT_SHARE * len(by_hash)))]:
+            held_out.update(scenes[tag][scene])
+    return [m for m in prompts if m["prompt"] not in held_out], [m for m in prompts if m["prompt"] in held_out]
+
+
+def all_prompts():
+    """Metadata of every scene the vocabulary can tell, in a fixed order: a list of dicts."""
+    out = []
+
+    def add(tag, prompt, *include):
+        out.append({"tag": tag, "include": list(include), "prompt": prompt})
+
+    things = list(itertools.product(COLORS, CLASSES))
+    for name in CLASSES:
+        add("single_object", _count_words(name, 1, None), _item(name))
+    for a, b in itertools.permutations(CLASSES, 2):
+        add("two_object", f"a {a} and a {b}", _item(a), _item(b))
+    for name, count, color in itertools.product(CLASSES, (2, 3, 4), (None, *COLORS)):
+        add("counting", _count_words(name, count, color), _item(name, count, color))
+    for color, name in things:
+        add("colors", f"a {color} {name}", _item(name, 1, color))
+    for (color_a, a), (color_b, b) in itertools.permutations(things, 2):
+        for relation in RELATIONS:
+            prompt = f"a {color_a} {a} {relation} a {color_b} {b}"
+            add("position", prompt, _item(b, 1, color_b), _item(a, 1, color_a, [relation, 0]))
+        if color_a != color_b and a != b:
+            add("color_attr", f"a {color_a} {a} and a {color_b} {b}", _item(a, 1, color_a), _item(b, 1, color_b))
+    return out
+
+
+def train_prompts():
+    """About 80 % of `all_prompts`, per tag. Scenes are split, not texts: "a red circle left of a blue square" and
+    "a blue square right of a red circle" are on the same side. The split depends on nothing but the scenes."""
+    return list(_split()[0])
+
+
+def held_out_prompts():
+    """The other 20 %, at least one scene per tag."""
+    return list(_split()[1])
+
+
+def _by_tag(prompts):
+    groups = {}
+    for m in prompts:
+        groups.setdefault(m["tag"], []).append(m)
+    return list(groups.values())
+
+
+def _sample(groups, rng):
+    group = groups[rng.integers(len(groups))]
+    return group[rng.integers(len(group))]
+
+
+def sample_metadata(prompts, rng):
+    """One of `prompts`: the tag uniformly first, so that tags with few prompts are seen as often as the others."""
+    return _sample(_by_tag(prompts), rng)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def box_offset(box_a, box_b):
+    """Where A lies as seen from B, by the rule of GenEval's evaluation: arrays [..., 4] (x0, y0, x1, y1) -> [..., 2].
+
+    The offset of the centres, each component shrunk towards 0 by a tenth of the two extents, over the length of the
+    unshrunk offset. A component beyond +-0.5 is a relation: x < -0.5 left of, x > 0.5 right of, y < -0.5 above,
+    y > 0.5 below. Boxes with the same centre give 0.
+    """
+    box_a, box_b = np.asarray(box_a, float), np.asarray(box_b, float)
+    offset = (box_a[..., :2] + box_a[..., 2:] - box_b[..., :2] - box_b[..., 2:]) / 2
+    extent = box_a[..., 2:] - box_a[..., :2] + box_b[..., 2:] - box_b[..., :2]
+    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * extent, 0)
+    return shrunk / np.maximum(np.sqrt((offset**2).sum(-1, keepdims=True)), 1e-12)
+
+
+def _layout(groups, relations, rng):
+    """Boxes [N, 4] at size 32 of N objects that keep their distances and relations; `groups` holds the include index
+    of each object, `relations` triples (include index, relation, include index). ValueError if they seem not to fit."""
+    for _ in range(1000):
+        placed = np.empty((0, 4))
+        for n, group in enumerate(groups):  # one by one, each at the first of a few places that suits those before it
+            width = rng.uniform(*WIDTH, (CANDIDATES, 1))
+            corner = BORDER + rng.random((CANDIDATES, 2)) * (SIZE - 2 * BORDER - width)
+            boxes = np.concatenate([corner, corner + width], 1)[:, None]  # [CANDIDATES, 1, 4] against placed [n, 4]
+            gap = np.maximum(boxes[..., :2] - placed[:, 2:], placed[:, :2] - boxes[..., 2:]).max(-1)
+            fits = (gap >= GAP).all(1)
+            for a, relation, b in relations:
+                for here, other, sign in ((a, b, 1), (b, a, -1)):
+                    if group == here and (groups[:n] == other).any():
+                        offset = box_offset(boxes, placed[groups[:n] == other]) @ np.array(RELATIONS[relation])
+                        fits &= (sign * offset >= POSITION_MARGIN).all(1)
+            if not fits.any():
+                break
+            placed = np.concatenate([placed, boxes[fits.argmax()]])
+        else:
+            return placed
+    raise ValueError(f"{len(groups)} objects with relations {relations} do not fit into one picture: ask for fewer")
+
+
+@functools.cache
+def _subpixels(size):
+    return (np.arange(size * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING
+
+
+def draw(metadata, rng, size=SIZE):
+    """A picture of exactly the objects in `metadata`, uint8 [size, size, 3]. What the metadata leaves open (place,
+    width, unnamed colours) is drawn from the numpy Generator `rng`. ValueError if so many objects do not fit."""
+    include = metadata["include"]
+    groups = np.array([g for g, item in enumerate(include) for _ in range(item["count"])])
+    relations = [(g, item["position"][0], item["position"][1]) for g, item in enumerate(include) if "position" in item]
+    boxes = _layout(groups, relations, rng) * (size / SIZE)
+    names = list(COLORS)
+    picture = np.full((size, size, 3), 255, np.float32)
+    grid, s = _subpixels(size), SUPERSAMPLING
+    for g, (x0, y0, x1, y1) in zip(groups, boxes):
+        color = COLORS[include[g].get("color") or names[rng.integers(len(names))]]
+        left, top, right, bottom = int(x0), int(y0), int(np.ceil(x1)), int(np.ceil(y1))
+        x, y = grid[left * s : right * s], grid[top * s : bottom * s, None]
+        if include[g]["class"] == "circle":
+            inside = (x - (x0 + x1) / 2) ** 2 + (y - (y0 + y1) / 2) ** 2 <= ((x1 - x0) / 2) ** 2
+        elif include[g]["class"] == "square":
+            inside = (np.abs(x - (x0 + x1) / 2) <= (x1 - x0) / 2) & (np.abs(y - (y0 + y1) / 2) <= (y1 - y0) / 2)
+        else:  # a triangle stands on its base; it is as high as it is wide
+            inside = (np.abs(x - (x0 + x1) / 2) * 2 <= y - y0) & (y <= y1)
+        cover = inside.reshape(bottom - top, s, right - left, s).mean((1, 3), dtype=np.float32)
+        patch = picture[top:bottom, left:right]
+        patch += cover[..., None] * (np.array(color, np.float32) - patch)
+    return np.rint(picture).astype(np.uint8)
+
+
+def pictures(seed, start, count, prompts=None, size=SIZE):
+    """Pictures `start` ... `start + count - 1` of the endless stream `seed`, and their metadata: (uint8
+    [count, size, size, 3], list of dicts). Picture k is a function of (seed, start + k) alone, so a stream can be cut
+    anywhere and gone on with. `prompts` defaults to `train_prompts()`."""
+    groups = _by_tag(train_prompts() if prompts is None else prompts)
+    out, metadata = np.empty((count, size, size, 3), np.uint8), []
+    for k in range(count):
+        rng = np.random.default_rng([seed, start + k])
+        metadata.append(_sample(groups, rng))
+        out[k] = draw(metadata[-1], rng, size)
+    return out, metadata

@@ -1,0 +1,392 @@
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data import make_prompts
+from data.prompts import load, order
+
+DATA = make_prompts.FOLDER
+FILES = ["scenes.txt", "ocr.txt", "geneval_train.jsonl", "edits.jsonl"]
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def png(colour, mode="RGB"):
+    buffer = io.BytesIO()
+    Image.new(mode, (3, 2), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "name, content, line, message",
+    [
+        ("a.txt", b"fine\nna\xefve\n", 2, "expected UTF-8 text, got byte 0xef at column 3"),
+        ("a.jsonl", b'{"prompt": "fine"}\n\n{"prompt": \xff}\n', 3, "expected UTF-8 text, got byte 0xff"),
+        ("a.jsonl", b'{"prompt": "fine"}\n{"prompt": \n', 2, "expected a JSON object, got {"),
+        ("a.jsonl", b'["prompt"]\n', 1, 'expected a JSON object, got ["prompt"]'),
+        ("a.jsonl", b"[" * 100_000, 1, "expected a JSON object"),
+        ("a.jsonl", b'{"text": "a dog"}\n', 1, "expected a key \"prompt\", got only ['text']"),
+        ("a.jsonl", b'{"prompt": 3}\n', 1, "expected the prompt to be text, got 3"),
+        ("a.jsonl", b'{"prompt": null}\n', 1, "expected the prompt to be text, got None"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": " \\n\\u3000"}\n', 2, "expected a prompt, got blank text"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}\n', 1, "lone surrogate"),
+        ("a.jsonl", b'{"prompt": "x", "image": 7}\n', 1, "expected `image` to be a path"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "y", "image": "no.png"}', 2, "no.png, which does not exist"),
+    ],
+)
+def test_malformed_line_is_named(tmp_path, name, content, line, message):
+    path = write(tmp_path, name, content)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}:{line}: expected ") and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", ""), ("a.txt", " \n\n\t\n"), ("a.jsonl", ""), ("a.jsonl", "\n")])
+def test_empty_file_is_an_error(tmp_path, name, content):
+    path = write(tmp_path, name, content)
+    with pytest.raises(ValueError, match=re.escape(path) + ": expected at least one prompt, got an empty file"):
+        load(path)
+
+
+def test_wrong_source_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"'\.csv'; known: \.txt .*\.jsonl .*\.parquet, hub:owner/name#column, shapes"):
+        load(write(tmp_path, "a.csv", "x"))
+    with pytest.raises(FileNotFoundError, match="missing.txt: no such file"):
+        load(tmp_path / "missing.txt")
+    with pytest.raises(ValueError, match='expected split "train", "eval" or "all", got \'test\''):
+        load(DATA / "ocr.txt", split="test")
+    with pytest.raises(ValueError, match="expected hub:owner/name#column, got hub:owner/name"):
+        load("hub:owner/name")
+
+
+def test_hub_offline_error_names_the_id_and_the_way_out(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"hub:nobody/nothing: .*hf auth login") as error:
+        load("hub:nobody/nothing#caption")
+    assert "\n" not in str(error.value)
+
+
+def test_empty_split_says_how_to_fix(tmp_path):
+    path = write(tmp_path, "a.txt", "one\ntwo\n")
+    with pytest.raises(ValueError, match=r"the eval split is empty.*--eval-prompts"):
+        load(path, "eval", held_out=0)
+    with pytest.raises(ValueError, match=r"the train split is empty.*--eval-prompts"):
+        load(path, "train", held_out=1)
+    with pytest.raises(ValueError, match=r"the train split is empty, all of its prompts are also in"):
+        load(path, "train", eval_source=path)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_text_lines_keep_order_and_skip_blanks(tmp_path):
+    path = write(tmp_path, "a.txt", b"\xef\xbb\xbf first\r\n\r\n  \n\xc3\xbcber \xe9\xbe\x8d\n\xe3\x80\x80\nlast")
+    prompts = load(path, "all")
+    assert [prompts[i]["prompt"] for i in range(len(prompts))] == ["first", "über 龍", "last"]
+    assert prompts[-1] == {"prompt": "last", "metadata": {}, "image": None}
+    with pytest.raises(IndexError):
+        prompts[3]
+
+
+def test_jsonl_metadata_and_image(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(png((255, 0, 0, 128), "RGBA"))
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    lines = [
+        {"prompt": " a dog ", "tag": "counting", "include": [{"class": "dog", "count": 2}]},
+        {"prompt": "make it blue", "image": "pictures/a.png", "caption": "red"},
+        {"prompt": "broken", "image": "b.png"},
+    ]
+    prompts = load(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines))), "all")
+    assert prompts[0] == {"prompt": "a dog", "metadata": {k: lines[0][k] for k in ("tag", "include")}, "image": None}
+    assert prompts[1]["metadata"] == {"caption": "red"}
+    assert prompts[1]["image"].mode == "RGB" and prompts[1]["image"].size == (3, 2)
+    assert prompts[1]["image"].getpixel((2, 1)) == (255, 0, 0)
+    with pytest.raises(ValueError, match="a.jsonl.*expected an image that PIL can read"):  # decoded on access only
+        prompts[2]
+
+
+def test_random_access_equals_sequential(tmp_path):
+    texts = [f"prompt {i} " + "é" * (i % 7) for i in range(2000)]
+    prompts = load(write(tmp_path, "a.txt", "\n\n".join(texts)), "all")
+    assert prompts.rows.dtype == np.int64 and prompts.rows.nbytes == 8 * len(prompts)  # all that is kept
+    for i in np.random.default_rng(0).permutation(2000):
+        assert prompts[i]["prompt"] == texts[i].strip()
+
+
+def test_parquet_round_trip(tmp_path):
+    colours = [(i, 2 * i, 3 * i) for i in range(10)]
+    pictures = [{"bytes": png(c), "path": None} for c in colours]
+    pictures[4] = None
+    (tmp_path / "five.png").write_bytes(png((9, 9, 9)))
+    pictures[5] = {"bytes": None, "path": "five.png"}
+    table = pa.table(
+        {
+            "prompt": [f"p{i}" for i in range(10)],
+            "image": pictures,
+            "score": [i / 2 for i in range(10)],
+            "label": pa.array(list("ababababab")).dictionary_encode(),
+            "nested": [[i] for i in range(10)],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    prompts = load(tmp_path / "a.parquet", "all")
+    for i in [9, 0, 5, 3, 2, 4, 8, 1, 7, 6]:
+        item = prompts[i]
+        assert item["prompt"] == f"p{i}" and item["metadata"] == {"score": i / 2, "label": "ab"[i % 2]}
+        expected = {4: None, 5: (9, 9, 9)}.get(i, colours[i])
+        assert (item["image"] and item["image"].getpixel((0, 0))) == expected
+    table = table.set_column(1, "image", pa.array([p and p["bytes"] for p in pictures[:5]] * 2))  # plain bytes
+    pq.write_table(table, tmp_path / "b.parquet")
+    assert load(tmp_path / "b.parquet", "all")[8]["image"].getpixel((0, 0)) == colours[3]
+
+
+def test_parquet_errors(tmp_path):
+    pq.write_table(pa.table({"caption": ["x"], "size": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: expected a column 'prompt', got the columns caption, size"):
+        load(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"prompt": ["x", "y", " ", "z"]}), tmp_path / "b.parquet", row_group_size=2)
+    with pytest.raises(ValueError, match="b.parquet:3: expected a prompt, got blank text"):
+        load(tmp_path / "b.parquet")
+    pq.write_table(pa.table({"prompt": ["x", None]}), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="c.parquet:2: expected the prompt to be text, got None"):
+        load(tmp_path / "c.parquet")
+    pq.write_table(pa.table({"prompt": [1]}), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match="d.parquet: expected text in column 'prompt', got int64"):
+        load(tmp_path / "d.parquet")
+    pq.write_table(pa.table({"prompt": ["x"], "image": ["x.png"]}), tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match="e.parquet: expected bytes or a struct.* got string"):
+        load(tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match="f.parquet: expected a parquet file"):
+        load(write(tmp_path, "f.parquet", "PAR"))
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "g.parquet")
+    with pytest.raises(ValueError, match="g.parquet: expected at least one prompt"):
+        load(tmp_path / "g.parquet")
+
+
+def test_hub_reads_cached_train_files(tmp_path, monkeypatch):
+    """A snapshot in the cache's own layout: two train files are one set, the test file stays out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    folder = tmp_path / "datasets--some--set" / "snapshots" / commit / "data"
+    folder.mkdir(parents=True)
+    refs = tmp_path / "datasets--some--set" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(commit)
+    for name, texts in {"train-0": ["a", "b"], "train-1": ["c"], "test-0": ["d"]}.items():
+        pq.write_table(pa.table({"caption": texts, "id": [name] * len(texts)}), folder / f"{name}.parquet")
+    prompts = load("hub:some/set#caption", "all")
+    assert [(prompts[i]["prompt"], prompts[i]["metadata"]["id"]) for i in range(len(prompts))] == [
+        ("a", "train-0"),
+        ("b", "train-0"),
+        ("c", "train-1"),
+    ]
+    with pytest.raises(ValueError, match="expected a column 'text', got the columns caption, id"):
+        load("hub:some/set#text")
+
+
+# --------------------------------------------------------------------------------------------------------------- split
+
+
+def texts_of(prompts):
+    return [prompts[i]["prompt"] for i in range(len(prompts))]
+
+
+def test_held_out_split_is_disjoint_complete_and_stable(tmp_path):
+    texts = [f"prompt {i % 1500}" for i in range(3000)]  # every text twice
+    path = write(tmp_path, "a.txt", "\n".join(texts))
+    train, held_out = texts_of(load(path)), texts_of(load(path, "eval"))
+    assert not set(train) & set(held_out) and sorted(train + held_out) == sorted(texts)
+    assert abs(len(held_out) / 3000 - 0.1) < 4 * (0.1 * 0.9 / 1500) ** 0.5
+    as_json = "\n".join(json.dumps({"prompt": text}) for text in reversed(texts))
+    assert set(texts_of(load(write(tmp_path, "b.jsonl", as_json), "eval"))) == set(held_out)  # order, format: no matter
+    for text in held_out:  # the rule itself, so that it cannot change by accident
+        assert int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < 0.1 * 2**64
+    assert set(held_out) < set(texts_of(load(path, "eval", held_out=0.2)))
+
+
+def test_eval_source_is_left_out_of_training(tmp_path):
+    path = write(tmp_path, "a.txt", "one\ntwo\nthree\nfour\n")
+    other = write(tmp_path, "b.jsonl", '{"prompt": "two"}\n{"prompt": "four "}\n{"prompt": "five"}\n')
+    assert texts_of(load(path, "train", eval_source=other)) == ["one", "three"]
+    assert texts_of(load(path, "eval", eval_source=other)) == ["two", "four", "five"]
+
+
+def test_shapes_brings_its_own_split_with_balanced_tags():
+    shapes = pytest.importorskip("data.shapes")
+    for split, items in (("train", shapes.train_prompts()), ("eval", shapes.held_out_prompts())):
+        prompts = load("shapes", split)
+        loaded = [prompts[i] for i in range(len(prompts))]
+        metadata = {item["prompt"]: {k: v for k, v in item.items() if k != "prompt"} for item in items}
+        assert {item["prompt"] for item in loaded} == set(metadata)
+        assert all(item["metadata"] == metadata[item["prompt"]] for item in loaded)
+        assert len(set(Counter(item["metadata"]["tag"] for item in loaded).values())) == 1
+    assert len(load("shapes", "all")) == len(load("shapes")) + len(prompts)
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+def test_order_is_a_stream_of_permutations():
+    stream = order(101, 7, 0, 303)
+    epochs = stream.reshape(3, 101)
+    assert stream.dtype == np.int64
+    assert (np.sort(epochs, axis=1) == np.arange(101)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == 3  # a new shuffle each time
+    assert (epochs[2] == np.random.default_rng([7, 2]).permutation(101)).all()
+    assert (order(101, 8, 0, 101) != epochs[0]).any()
+    # written down: NumPy may change its streams, and a resumed run would then see other prompts
+    assert order(8, 0, 0, 8).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
+
+
+@pytest.mark.parametrize("size, start, count, cut", [(10, 0, 35, 17), (10, 7, 3, 3), (1, 5, 4, 2), (1000, 999, 2, 1)])
+def test_order_resumes(size, start, count, cut):
+    whole = order(size, 3, start, count)
+    halves = np.concatenate([order(size, 3, start, cut), order(size, 3, start + cut, count - cut)])
+    assert len(whole) == count and (whole == halves).all()
+    assert (whole == order(size, 3, 0, start + count)[start:]).all()
+
+
+def test_order_ranks_are_disjoint_and_world_size_free():
+    size, num_prompts, cursor = 64, 4, 8
+
+    def rank_rows(world, rank, cursor):
+        rows = order(size, 5, cursor, world * num_prompts)
+        return rows[rank * num_prompts : (rank + 1) * num_prompts]
+
+    eight = np.concatenate([rank_rows(8, rank, cursor) for rank in range(8)])
+    assert len(set(eight.tolist())) == 32
+    # the same 32 prompts on 2 ranks, 4 iterations
+    two = np.concatenate([rank_rows(2, rank, cursor + 8 * i) for i in range(4) for rank in range(2)])
+    assert (eight == two).all()
+
+
+def test_order_rejects_nonsense_and_leaves_its_cache_alone():
+    with pytest.raises(ValueError, match="size >= 1"):
+        order(0, 0, 0, 1)
+    with pytest.raises(ValueError, match="start >= 0"):
+        order(3, 0, -1, 1)
+    first = order(5, 0, 0, 5)
+    kept = first.copy()
+    first[:] = 0
+    assert (order(5, 0, 0, 5) == kept).all() and len(order(5, 0, 3, 0)) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- committed files
+
+
+def test_committed_files_are_what_the_grammar_makes():
+    for name, text in make_prompts.texts().items():
+        assert (DATA / name).read_text(encoding="utf-8") == text, f"{name}: run python -m data.make_prompts"
+    for name, image in make_prompts.pictures().items():
+        with Image.open(DATA / "edit_images" / f"{name}.png") as committed:
+            off = np.abs(np.asarray(committed.convert("RGB"), int) - np.asarray(image.convert("RGB"), int)).max(-1)
+        assert (off > 24).mean() < 0.005, name  # Pillow versions may differ at edges and in the palette
+
+
+def test_committed_files_are_small_and_distinct():
+    paths = [DATA / name for name in FILES] + sorted((DATA / "edit_images").iterdir())
+    assert sum(path.stat().st_size for path in paths) < 2_000_000
+    for name, count in zip(FILES, [4000, 2000, 3000, 400]):
+        lines = (DATA / name).read_text(encoding="utf-8").splitlines()
+        assert len(lines) == len(set(lines)) == len(load(DATA / name, "all")) == count
+        assert len(load(DATA / name, "eval")) > 0.04 * count
+
+
+def test_scenes_are_sentences_of_8_to_30_words():
+    for text in texts_of(load(DATA / "scenes.txt", "all")):
+        assert 8 <= len(text.split()) <= 30 and text[0].isupper() and '"' not in text, text
+        assert not re.search(r"\ba [aeio]|\ban [^aeiouh]|  |\{|\}| ,|,,", text), text
+
+
+def test_ocr_prompts_have_one_target():
+    texts = texts_of(load(DATA / "ocr.txt", "all"))
+    for text in texts:
+        assert text.count('"') == 2 and not re.search(r"\ba [aeio]|\ban [^aeiouh]|  |\{|\}", text.split('"')[0]), text
+        target = text.split('"')[1]
+        assert 3 <= len(target) <= 29 and 1 <= len(target.split()) <= 5 and target == target.strip(), text
+    assert len({text.split('"')[1] for text in texts}) > 700
+
+
+def test_geneval_lines_mean_what_their_prompts_say():
+    prompts = load(DATA / "geneval_train.jsonl", "all")
+    tags, texts = Counter(), texts_of(prompts)
+    assert len(set(make_prompts.CLASSES)) == 80 and len(set(texts)) == 3000
+    # where GenEval renames, the index in COCO's order is what a detector knows
+    assert [make_prompts.CLASSES.index(c) for c in ("computer mouse", "tv remote", "computer keyboard")] == [64, 65, 66]
+    for i in range(len(prompts)):
+        text, data = texts[i], prompts[i]["metadata"]
+        tags[data["tag"]] += 1
+        assert text.startswith("a photo of ") and not re.search(r"\ba [aeio]|\ban [^aeiou]", text), text
+        for clause in data["include"]:
+            assert clause["class"] in make_prompts.CLASSES and set(clause) <= {"class", "count", "color", "position"}
+            assert clause.get("color", "red") in make_prompts.GENEVAL_COLOURS
+        first, last = data["include"][0], data["include"][-1]
+        said = [make_prompts.one_of(clause["class"], clause.get("color")) for clause in data["include"]]
+        tag = data["tag"]
+        assert ("exclude" in data) == (tag == "counting")
+        if tag == "counting":
+            assert data["exclude"] == [{"class": first["class"], "count": first["count"] + 1}]
+            number = {"two": 2, "three": 3, "four": 4}[text.split()[3]]
+            assert number == first["count"] and f" {make_prompts.plural(first['class'])}" in text
+        elif tag == "position":
+            relation, index = last["position"]
+            assert index == 0 and "position" not in first and first["class"] != last["class"]
+            assert text == f"a photo of {said[1]} {relation} {said[0]}"
+        else:
+            assert text == f"a photo of {' and '.join(said)}"
+            assert all(("color" in clause) == (tag in ("colors", "color_attr")) for clause in data["include"])
+            assert len(said) == {"single_object": 1, "colors": 1, "two_object": 2, "color_attr": 2}[tag]
+    weights = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
+    assert tags.pop("single_object") == 40
+    for tag, weight in weights.items():
+        assert abs(tags[tag] - 2960 * weight / 17) < 1
+
+
+def test_plurals_and_articles():
+    words = {"knife": "knives", "bus": "buses", "sheep": "sheep", "toothbrush": "toothbrushes", "dog": "dogs"}
+    words |= {"person": "people", "computer mouse": "computer mice", "couch": "couches", "tv": "tvs"}
+    assert {word: make_prompts.plural(word) for word in words} == words
+    assert make_prompts.one_of("apple") == "an apple" and make_prompts.one_of("apple", "red") == "a red apple"
+    assert make_prompts.one_of("scissors", "blue") == "a pair of blue scissors"
+
+
+def test_edits_fit_their_pictures():
+    prompts = load(DATA / "edits.jsonl", "all")
+    per_picture = Counter()
+    lines = [json.loads(line) for line in (DATA / "edits.jsonl").read_text(encoding="utf-8").splitlines()]
+    for i, line in enumerate(lines):
+        assert set(line) == {"image", "prompt", "caption", "target_caption", "reverse_prompt"}
+        assert set(prompts[i]["metadata"]) == {"caption", "target_caption", "reverse_prompt"}
+        per_picture[line["image"]] += 1
+        assert line["caption"] != line["target_caption"] and line["prompt"] != line["reverse_prompt"]
+        if match := re.fullmatch(r"change the colour of the (.*) from (\w+) to (\w+)", line["prompt"]):
+            _, old, new = match.groups()
+            assert old in line["caption"] and line["target_caption"].count(new) == line["caption"].count(new) + 1
+        every = " ".join(line[key] for key in ("prompt", "caption", "target_caption", "reverse_prompt"))
+        assert not re.search(r"\ba [aeio]|\ban [^aeiouh]|  ", every), every
+    assert len({(line["image"], line["prompt"]) for line in lines}) == 400
+    assert per_picture == {f"edit_images/{name}.png": 25 for name in make_prompts.PICTURES} and len(per_picture) == 16
+    for name in per_picture:
+        path = DATA / name
+        with Image.open(path) as image:
+            assert image.size == (512, 512) and path.stat().st_size < 12_000
+    assert prompts[0]["image"].mode == "RGB" and prompts[0]["image"].size == (512, 512)
