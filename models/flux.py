@@ -60,11 +60,15 @@ def load(
     Raises RuntimeError with one message for a gated, missing, unreachable or incomplete model, ValueError for a
     tokenizer without its vocabulary.
     """
+    from transformers.utils import logging
+
+    # diffusers imports image processors whose default wants torchvision and says so; nothing here uses them.
+    logging.set_verbosity_error()
     from diffusers import FluxPipeline
 
     folder = source if os.path.isdir(source) else models.hub(source, lambda: FluxPipeline.download(source))
     try:
-        pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=dtype)
+        pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype)
         if lora_rank == 0 and dtype != torch.float32:
             # Full fine-tuning trains fp32 masters; taken from the file itself, not from its rounded copy.
             pipeline.transformer = type(pipeline.transformer).from_pretrained(folder, subfolder="transformer")

@@ -8,6 +8,7 @@ the same order.
 import functools
 import os
 import signal
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,9 +41,8 @@ def init(shard_size=0):
     if shard_size and size % shard_size:
         raise ValueError(f"--shard-size {shard_size} does not divide the {size} ranks")
     if not _user_set_threads(local_size):
-        torch.set_num_threads(
-            max(1, len(os.sched_getaffinity(0)) // local_size if hasattr(os, "sched_getaffinity") else 1)
-        )
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_size))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -80,6 +80,8 @@ def shard(part, blocks, world, dtype, cpu_offload=False, checkpoint_activations=
     dtype: what the forward and backward compute in; parameters keep their own dtype (fp32 masters for what is trained),
     gradients are reduced in fp32. cpu_offload: parameters, gradients and the optimizer live in CPU memory.
     """
+    # It is about in-place operations on what a block returned; no model here has one.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         if checkpoint_activations:
             # Around forward, inside FSDP's hooks: parameters are gathered once for the recomputation and its backward.

@@ -364,7 +364,7 @@ def test_full_fine_tuning_keeps_float32_masters(plain, tmp_path):
         assert {(p.dtype, p.requires_grad) for p in module.parameters()} == {(torch.bfloat16, False)}
 
     folder = tmp_path / "rounded"  # FLUX.1-dev's files are bfloat16
-    FluxPipeline.from_pretrained(plain, torch_dtype=torch.bfloat16).save_pretrained(folder)
+    FluxPipeline.from_pretrained(plain, dtype=torch.bfloat16).save_pretrained(folder)
     model = load(str(folder), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parts["transformer"].parameters()} == {torch.float32}
 

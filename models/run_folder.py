@@ -1,0 +1,227 @@
+"""
+The folder of a run: args.json, a copy of the script, metrics.jsonl (one object per iteration), curves.png,
+samples/000100.png. Checkpoints beside them are models/checkpoint.py's. Everything here is called on rank 0 only, but
+for `saved_args`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+
+MAY_CHANGE = ("num_iterations", "eval_every", "save_every", "track")  # when a run is resumed
+
+
+def saved_args(run, args, may_change, given):
+    """The arguments of the run in folder `run`, with those of `may_change` that the command line gave replaced.
+
+    args: the dataclass instance that the command line made; given: the field names that were on the command line.
+    Raises ValueError naming the flag if another one was given a value that differs from the run's, or if `run` is not a
+    run folder.
+    """
+    path = os.path.join(run, "args.json")
+    if not os.path.exists(path):
+        raise ValueError(f"--resume {run}: no args.json there; expected the folder of an earlier run")
+    saved = _read(path)
+    if saved is None:
+        raise ValueError(f"--resume {run}: its args.json is damaged; put back the flags that the run had")
+    changed = {}
+    for field in dataclasses.fields(args):
+        name = field.name
+        value = getattr(args, name)
+        if name in ("resume", "out") or name not in given or name not in saved or _plain(value) == saved[name]:
+            continue
+        if name not in may_change:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--resume {run}: {flag} is {saved[name]} in that run and cannot become {_plain(value)}; "
+                f"only {', '.join('--' + m.replace('_', '-') for m in may_change)} may change"
+            )
+        changed[name] = value
+    for name, value in saved.items():
+        if isinstance(getattr(args, name, None), tuple):
+            saved[name] = tuple(value)
+    known = {f.name for f in dataclasses.fields(args)}
+    return dataclasses.replace(
+        args, **{**{k: v for k, v in saved.items() if k in known}, **changed, "resume": run, "out": run}
+    )
+
+
+def command_line(defaults, argv, script):
+    """Parse a command line over the dataclass instance `defaults`: unset --out becomes outputs/<script>-<time>, and
+    --resume takes its arguments from the run it names."""
+    import tyro
+
+    args = tyro.cli(type(defaults), default=defaults, args=argv, prog=os.path.basename(script))
+    if args.resume:
+        from models.parallel import clear_errors
+
+        with clear_errors():
+            return saved_args(args.resume.rstrip("/"), args, MAY_CHANGE, given_flags(args, argv))
+    if args.out and os.path.exists(os.path.join(args.out, "args.json")):
+        # Its checkpoints and metrics would be taken for those of the new run.
+        raise SystemExit(
+            f"error: --out {args.out} holds a run already: continue it with --resume {args.out}, or remove it"
+        )
+    name = f"{os.path.basename(script).removesuffix('.py')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return dataclasses.replace(args, out=args.out or os.path.join("outputs", name))
+
+
+def peek(argv, flag, default):
+    """The value of one flag before the command line is parsed, for the recipe that it chooses; --resume takes it from
+    the run."""
+    for word, following in zip(argv, [*argv[1:], ""]):
+        name, equals, value = word.partition("=")
+        value = value if equals else following
+        if name == flag:
+            return value
+        if name == "--resume":  # a folder that is none is left to command_line, which says so
+            return (_read(os.path.join(value, "args.json")) or {}).get(flag.removeprefix("--"), default)
+    return default
+
+
+def _read(path):
+    """The object in a JSON file; None where there is none."""
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (OSError, ValueError):
+        return None
+
+
+def given_flags(args, argv):
+    """Names of the fields of `args` that a command line sets, in either spelling (--kl-coef, --kl_coef,
+    --flag=value)."""
+    words = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
+    return {f.name for f in dataclasses.fields(args) if f.name in words or "no_" + f.name in words}
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def create(run, args, script):
+    """Make the run folder: samples/, checkpoints/, a copy of the script, and last args.json, which is what makes it
+    resumable."""
+    for folder in ("samples", "checkpoints"):
+        os.makedirs(os.path.join(run, folder), exist_ok=True)
+    shutil.copy(script, os.path.join(run, os.path.basename(script)))
+    temporary = os.path.join(run, ".args.json")
+    with open(temporary, "w") as f:
+        json.dump(dataclasses.asdict(args), f, indent=1)
+    os.replace(temporary, os.path.join(run, "args.json"))
+
+
+def track(run, project, args):
+    """A Weights & Biases run that mirrors this one."""
+    import wandb
+
+    return wandb.init(project=project, name=os.path.basename(run), config=dataclasses.asdict(args), dir=run)
+
+
+def to_uint8(images):
+    """Float [0, 1] B 3 H W -> list of uint8 numpy [H, W, 3]; rounded here, once, for every reward and every file."""
+    return list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
+def append(run, row):
+    """Add one iteration to metrics.jsonl; NaN becomes null, because JSON has none. Whole lines only: one write, flushed
+    to disk."""
+    row = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
+    with open(os.path.join(run, "metrics.jsonl"), "a") as f:
+        f.write(json.dumps(row) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def rows(run):
+    """The iterations logged so far; a last line that a killed run left unfinished is not one."""
+    path = os.path.join(run, "metrics.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        lines = [line for line in f if line.endswith("\n")]
+    return [json.loads(line) for line in lines]
+
+
+def cut(run, iteration):
+    """Drop the rows of `iteration` and later: a resumed run writes them again."""
+    kept = [row for row in rows(run) if row["iteration"] < iteration]
+    temporary = os.path.join(run, ".metrics.jsonl")
+    with open(temporary, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in kept)
+    os.replace(temporary, os.path.join(run, "metrics.jsonl"))
+
+
+def curves(run, names):
+    """Draw curves.png: one panel for each of `names` that was logged. A list inside `names` shares a panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    history = rows(run)
+    panels = [
+        [n for n in ([p] if isinstance(p, str) else p) if any(r.get(n) is not None for r in history)] for p in names
+    ]
+    panels = [p for p in panels if p]
+    if not panels:
+        return
+    columns = min(4, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * lines))
+    FigureCanvasAgg(figure)
+    for i, panel in enumerate(panels):
+        column, line = i % columns, i // columns  # placed by hand: matplotlib's own layout takes as long as the drawing
+        place = ((column + 0.15) / columns, 1 - (line + 0.83) / lines, 0.81 / columns, 0.72 / lines)
+        axes = figure.add_axes(place)
+        for name in panel:
+            points = [(r["iteration"], r[name]) for r in history if r.get(name) is not None]
+            axes.plot(*zip(*points), label=name, linewidth=1.2, marker="o" if len(points) < 20 else None, markersize=3)
+        axes.set_title(", ".join(panel), fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7)
+        if i >= len(panels) - columns:
+            axes.set_xlabel("iteration", fontsize=8)
+    figure.savefig(os.path.join(run, ".curves.png"), dpi=110)
+    os.replace(os.path.join(run, ".curves.png"), os.path.join(run, "curves.png"))
+
+
+def grid(path, images, captions, columns=8, cell=128):
+    """Write a grid of pictures, each with its caption below it.
+
+    images: list of uint8 arrays [H, W, 3]; small ones are enlarged without smoothing, large ones shrunk to `cell`
+    pixels.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=10)
+    columns = min(columns, len(images))
+    wrapped = [wrap(caption, font, cell)[:4] for caption in captions]
+    height = cell + 12 * max(map(len, wrapped)) + 10
+    sheet = Image.new("RGB", (columns * (cell + 6) + 6, math.ceil(len(images) / columns) * height + 6), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = 6 + i % columns * (cell + 6), 6 + i // columns * height
+        picture = Image.fromarray(image)
+        scale = cell / max(picture.size)
+        size = (round(picture.width * scale), round(picture.height * scale))
+        sheet.paste(picture.resize(size, Image.NEAREST if scale > 1 else Image.LANCZOS), (x, y))
+        draw.rectangle((x - 1, y - 1, x + size[0], y + size[1]), outline="#cccccc")
+        for n, line in enumerate(wrapped[i]):
+            draw.text((x, y + cell + 2 + 12 * n), line, fill="black", font=font)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
+    sheet.save(temporary)
+    os.replace(temporary, path)
+
+
+def wrap(text, font, width):
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
