@@ -1,0 +1,243 @@
+"""What a user meets first: the commands of the README, their help, and one clear message for whatever is wrong."""
+
+import ast
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+
+import flow_grpo
+import pretrain
+from models import parallel, run_folder
+
+ROOT = Path(flow_grpo.__file__).parent
+SCRIPTS = [flow_grpo, pretrain]
+TINY = (
+    "--num-prompts 2 --group-size 4 --micro-batch-size 4 --num-steps 3 --eval-num-steps 2 --eval-size 4 --eval-every 2"
+)
+TINY = [*TINY.split(), "--save-every", "1"]
+
+
+def launch(folder, *argv):
+    """`python flow_grpo.py ...` in another folder, as a user would, with no network and nothing in the cache."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "flow_grpo.py"), *argv]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def call(module, argv):
+    """What the script's last lines do."""
+    defaults = (
+        flow_grpo.recipe(run_folder.peek(argv, "--model", "tiny-flux")) if module == "flow_grpo" else pretrain.Args()
+    )
+    script = sys.modules[module]
+    return script.main(run_folder.command_line(defaults, argv, script.__file__))
+
+
+def refusals(module, commands):
+    """The message with which each command line ends."""
+    messages = []
+    for argv in commands:
+        try:
+            call(module, argv)
+            messages.append("no error")
+        except SystemExit as error:
+            messages.append(str(error.code))
+    return messages
+
+
+def test_command_line_trains_and_says_what_is_missing(tmp_path):
+    (tmp_path / "offline").mkdir()
+    run = launch(tmp_path, "--num-iterations", "2", *TINY)
+    flux = launch(tmp_path / "offline", "--model", "flux", "--reward", "jpeg")
+
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err[-3000:]
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert re.fullmatch(r"flow_grpo-\d{8}-\d{6}", folder.name) and f"wrote outputs/{folder.name}: curves.png" in out
+    assert (folder / "flow_grpo.py").read_bytes() == (ROOT / "flow_grpo.py").read_bytes()
+    assert json.loads((folder / "args.json").read_text())["num_prompts"] == 2
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 1, 2] and rows[1]["on_policy_err"] == 0.0
+    known = {".json", ".jsonl", ".py", ".png", ".safetensors"}  # no pickle, nothing half-written
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == known and not any(p.name.startswith(".") for p in files)
+    names = {str(p.relative_to(folder)) for p in files}
+    assert {"curves.png", "samples/000000.png", "samples/000002.png", "model/model_index.json"} <= names
+    assert "checkpoints/000002/rank-00000.safetensors" in names and "checkpoints/000000/index.json" not in names
+
+    out, err = flux.communicate(timeout=60)
+    assert flux.returncode == 1 and "Traceback" not in err and not (tmp_path / "offline" / "outputs").exists()
+    (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (
+        "'black-forest-labs/FLUX.1-dev'" in message and "https://huggingface.co/black-forest-labs/FLUX.1-dev" in message
+    )
+    assert "`hf auth login`" in message and err.rstrip().endswith(message)
+
+
+def test_wrong_flow_grpo_flags_are_one_message(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "two.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": 3}\n')
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    (tmp_path / "folder").mkdir()
+    cases = [
+        (
+            ["--model", "tiny-fluks"],
+            "unknown model 'tiny-fluks', did you mean tiny-flux?: expected one of flux, tiny-flux",
+        ),
+        (
+            ["--model", "unknwon", "--reward", "jpeg"],
+            "unknown model 'unknwon': expected one of flux, tiny-flux, a folder",
+        ),
+        (["--model", str(tmp_path / "folder")], "no model_index.json; expected a folder in diffusers layout"),
+        (["--reward", "shape"], "unknown reward 'shape', did you mean 'shapes'? (known: jpeg, "),
+        (["--reward", "jpeg", "jpeg:2"], "there is already a reward 'jpeg'"),
+        (["--reward", "jpeg:much"], "the weight 'much' is not a finite number"),
+        (["--micro-batch-size", "3"], "--micro-batch-size 3 must divide the 8 samples of --num-prompts x --group-size"),
+        (["--num-updates", "3"], "whose number --num-updates 3 divides"),
+        (["--group-size", "1", "--micro-batch-size", "1"], "--group-size must be at least 2"),
+        (["--noise-level", "0"], "--noise-level positive"),
+        (["--window-size", "3"], "--window-size 3 --window-range 0 2 --num-steps 3: the window must fit"),
+        (["--window-range", "1", "3"], "--window-range 1 3 --num-steps 3: the window must fit"),
+        (["--num-steps", "1"], "--num-steps 1: the window must fit"),
+        (["--eval-every", "0"], "--eval-every --save-every must be at least 1"),
+        (["--micro-batch-size", "0"], "must be at least 1"),
+        (["--resolution", "36"], "--resolution: 36 x 36 is not a multiple of"),
+        (["--prompts", str(tmp_path / "none.txt")], "none.txt: no such file; --prompts takes"),
+        (["--prompts", str(tmp_path / "empty.txt")], "empty.txt: expected at least one prompt, got an empty file"),
+        (["--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl:2: expected the prompt to be text, got 3"),
+        (["--prompts", str(tmp_path / "one.txt")], "one.txt: the eval split is empty"),
+        (["--eval-prompts", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
+        (
+            ["--prompts", str(tmp_path / "one.txt"), "--eval-prompts", str(tmp_path / "two.txt")],
+            "one.txt: the train split is empty, all of its prompts are also in",
+        ),
+        (["--resume", str(tmp_path / "folder")], "folder: no args.json there; expected the folder of an earlier run"),
+    ]
+    run = str(tmp_path / "run")
+    commands = [[*TINY, "--out", run, *argv] for argv, _ in cases]
+    (messages,) = processes.run(refusals, "flow_grpo", commands)
+    for (argv, expected), message in zip(cases, messages):
+        assert message.startswith("error: ") and expected in message, (argv, message)
+        assert message.count("\n") <= 1 and len(message) < 400, message
+    assert not os.path.exists(run)  # all found before there is a run
+
+
+def test_wrong_pretrain_flags_are_one_message(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"prompt": "picture {n}"}}\n' for n in range(40)))
+    tiny = ["--batch-size", "4", "--micro-batch-size", "4", "--eval-size", "4", "--out", str(tmp_path / "run")]
+    cases = [
+        (["--micro-batch-size", "3"], "--micro-batch-size 3 must divide --batch-size 4"),
+        (["--save-every", "0"], "--save-every must be at least 1"),
+        (["--reward", "shap"], "unknown reward 'shap', did you mean 'shapes'?"),
+        (["--model", "tiny"], "unknown model 'tiny'"),
+        (["--resolution", "31"], "--resolution: 31 x 31 is not a multiple of"),
+        (["--data", str(tmp_path / "none.parquet")], "none.parquet: no such file"),
+        (["--data", str(tmp_path / "texts.jsonl")], "has no image"),
+    ]
+    (messages,) = processes.run(refusals, "pretrain", [[*tiny, *argv] for argv, _ in cases])
+    for (argv, expected), message in zip(cases, messages):
+        assert message.startswith("error: ") and expected in message and "\n" not in message, (argv, message)
+
+
+def run_out_of_memory(module, argv):
+    """main, with no more memory than what is in use after the imports and some 700 MB, as in a small container."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20,) * 2)
+    call(module, argv)
+
+
+@pytest.mark.parametrize(
+    "module, flags", [("flow_grpo", TINY), ("pretrain", ["--batch-size", "4", "--eval-size", "4"])]
+)
+def test_out_of_memory_names_the_flags_that_help(tmp_path, module, flags):
+    argv = [*flags, "--micro-batch-size", "4", "--resolution", "1024", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as error:
+        processes.run(run_out_of_memory, module, argv)
+    message = error.value.code
+    assert re.match(r"error: rank 0 is out of memory: .*(allocate|alloc)", message) and message.count("\n") == 1
+    flags = "--micro-batch-size --resolution --checkpoint-activations --lora-rank --offload-encoders --cpu-offload"
+    for flag in flags.split():
+        assert flag in message and flag.removeprefix("--").replace("-", "_") in {f.name for f in fields(flow_grpo.Args)}
+
+
+def test_only_memory_errors_are_taken_for_memory_errors():
+    for guard in (parallel.clear_memory_errors, parallel.clear_errors):
+        for error in (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+            RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            MemoryError("Unable to allocate 1. TiB"),
+        ):
+            # clear_errors lets them through: clear_memory_errors is around all of main, and says more.
+            expected = SystemExit if guard is parallel.clear_memory_errors else type(error)
+            with pytest.raises(expected, match=re.escape(str(error).splitlines()[0])), guard():
+                raise error
+    with pytest.raises(RuntimeError, match="^mat1 and mat2"), parallel.clear_memory_errors():
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    with pytest.raises(SystemExit, match="^error: mat1 and mat2"), parallel.clear_errors():
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    with pytest.raises(SystemExit, match="can't allocate memory|not enough memory"), parallel.clear_memory_errors():
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the scripts' text
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_flag_is_read_and_explained(script, capsys):
+    tree = ast.parse(Path(script.__file__).read_text())
+    (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    read = {
+        node.attr
+        for node in ast.walk(main)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    names = [field.name for field in fields(script.Args)]
+    assert read - {"dry_run"} == set(names) - {"dry_run"}
+    (arguments,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    for field, text in zip(arguments.body[::2], arguments.body[1::2], strict=True):  # one docstring below each field
+        assert isinstance(field, ast.AnnAssign) and isinstance(text.value.value, str), ast.unparse(field)
+
+    with pytest.raises(SystemExit) as stopped:
+        run_folder.command_line(script.Args(), ["--help"], script.__file__)
+    assert stopped.value.code == 0
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)  # tyro wraps lines and draws a frame
+    for name, text in zip(names, arguments.body[1::2]):
+        assert f"--{name.replace('_', '-')}" in shown
+        assert " ".join(text.value.value.split())[:40] in shown, name
+    assert shown.count("(default: ") >= len(names) - 1 and "(default: 32)" in shown
+    assert "out/" not in shown and "REQUIRED" not in shown.upper()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_scripts_stand_alone(script):
+    names = {path.stem for path in ROOT.glob("*.py")}
+    for node in ast.walk(ast.parse(Path(script.__file__).read_text())):
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        imported += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not names & {name.split(".")[0] for name in imported}, ast.unparse(node)
+
+
+def test_repository_has_no_pickle():
+    folders = ("models", "rewards", "kernels", "data")
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    assert len(files) > 10
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Import, ast.ImportFrom)) else ""
+            assert not re.search(r"\btorch\.(save|load)$|\bpickle\b|\bjoblib\b|\bdill\b|allow_pickle", text), (
+                path,
+                text,
+            )
