@@ -52,8 +52,8 @@ class Args:
     reward: tuple[str, ...] = ("shapes",)
     """rewards, name or name:weight, summed: jpeg, jpeg_incompressibility, pickscore, shapes"""
     prompts: str = "shapes"
-    """training prompts: shapes, a .txt, .jsonl or .parquet file, or hub:owner/name#column"""
-    eval_prompts: str = ""
+    """training prompts: shapes or shapes#tag,tag, a .txt, .jsonl or .parquet file, or hub:owner/name#column"""
+    eval_prompts: str = "shapes#single_object,two_object,counting,colors"
     """held-out prompts, same forms (empty = a tenth of --prompts, chosen by hash and never trained on)"""
     out: str = ""
     """run folder (empty = outputs/flow_grpo-<time>)"""
@@ -64,31 +64,31 @@ class Args:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """what the model computes in; trained weights are fp32 either way"""
 
-    num_iterations: int = 200
+    num_iterations: int = 240
     """iterations of rollout + updates"""
-    num_prompts: int = 12
+    num_prompts: int = 16
     """prompts per iteration and rank (P)"""
     group_size: int = 12
     """samples per prompt (G); advantages are relative to this group"""
-    micro_batch_size: int = 48
+    micro_batch_size: int = 96
     """tile: (sample, step) pairs per forward and backward, also samples per rollout forward; lower it if memory runs
     out"""
     num_updates: int = 1
     """optimizer steps per iteration; the first is exactly on-policy"""
 
-    num_steps: int = 8
+    num_steps: int = 6
     """denoising steps (T) of the rollout"""
-    eval_num_steps: int = 8
+    eval_num_steps: int = 6
     """denoising steps of evaluation (ODE)"""
-    sampler: Literal["flow_sde", "cps"] = "flow_sde"
+    sampler: Literal["flow_sde", "cps"] = "cps"
     """noise of a trained step: flow_sde (Flow-GRPO) or cps (coefficient-preserving sampling)"""
-    noise_level: float = 0.7
+    noise_level: float = 0.4
     """strength of that noise: a in a sqrt(sigma / (1 - sigma)) for flow_sde, a in sin(a pi / 2) for cps"""
-    shared_noise: bool = False
+    shared_noise: bool = True
     """the samples of a prompt start from one noise, so that only the noise of the trained steps tells them apart"""
-    window_size: int = 0
+    window_size: int = 3
     """noisy, trained steps at a random place inside --window-range, the others are ODE (0 = all steps but the last)"""
-    window_range: tuple[int, int] = (0, 0)
+    window_range: tuple[int, int] = (0, 3)
     """first step and end (exclusive) of where a window may lie (0 0 = all steps but the last)"""
     resolution: int = 32
     """height and width, in pixels"""
@@ -96,7 +96,7 @@ class Args:
     """text guidance, embedded or classifier-free as the model has it, in rollout, replay and evaluation alike (1 =
     off)"""
 
-    advantage_std: Literal["group", "global"] = "group"
+    advantage_std: Literal["group", "global"] = "global"
     """advantages are divided by the std of their group, or of all samples of the iteration"""
     advantage_clip: float = 5.0
     """advantages are clipped to +- this"""
@@ -106,10 +106,12 @@ class Args:
     kl_coef: float = 0.0
     """weight of KL(policy || reference), in nats per latent dim (0 = no reference forward)"""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     """AdamW learning rate"""
     warmup_updates: int = 5
     """optimizer steps of linear learning-rate warm-up"""
+    decay_iterations: int = 240
+    """iterations over which the learning rate falls, linearly, to a tenth, where it stays (0 = constant)"""
     weight_decay: float = 1e-4
     """AdamW weight decay"""
     max_grad_norm: float = 1.0
@@ -118,21 +120,21 @@ class Args:
     """rank of the LoRA adapter (0 = full fine-tuning)"""
     lora_alpha: float = 0.0
     """LoRA scale times rank (0 = 2 * rank)"""
-    ema_decay: float = 0.95
+    ema_decay: float = 0.97
     """decay per optimizer step of the averaged weights that are evaluated and exported (0 = no averaging)"""
 
-    eval_every: int = 50
+    eval_every: int = 60
     """iterations between evaluations on held-out prompts"""
     eval_size: int = 1024
     """pictures per evaluation, over all ranks; their noise is the same in every evaluation of every run"""
-    save_every: int = 50
+    save_every: int = 60
     """iterations between checkpoints; one is also made at the start, at the end and when the run is interrupted"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep (0 = all)"""
 
     reward_device: str = ""
     """where reward models run, e.g. cuda:7 or cpu (empty = this rank's device)"""
-    keep_unsharded: bool = False
+    keep_unsharded: bool = True
     """keep parameters gathered during rollout and between tiles: no communication per step, memory of one whole copy"""
     checkpoint_activations: bool = False
     """recompute every block in the backward pass: less memory, a third more compute"""
@@ -166,6 +168,7 @@ def recipe(model):
         model=model,
         reward=("pickscore",),
         prompts="data/scenes.txt",
+        eval_prompts="",
         dtype="bf16",
         num_iterations=1000,
         num_prompts=6,
@@ -177,16 +180,20 @@ def recipe(model):
         sampler="cps",
         noise_level=0.8,
         window_size=3,
+        shared_noise=False,
         window_range=(0, 3),
         resolution=512,
         guidance=3.5,
+        advantage_std="group",
         clip_eps=1e-5,
         learning_rate=3e-4,
+        decay_iterations=0,
         lora_rank=64,
         ema_decay=0.9,
         eval_every=30,
         eval_size=256,
         save_every=30,
+        keep_unsharded=False,
         checkpoint_activations=True,
     )
 
@@ -368,6 +375,8 @@ def main(args: Args):
         count = sum(p.numel() for p in trained.values())
         print(f"{run}: {args.model}, {count:,} trained parameters, {world.size} x {world.device.type}, {args.dtype}")
         print(f"attention: {model.attention}; {torch.get_num_threads()} CPU threads per rank")
+        eval_from = args.eval_prompts or args.prompts
+        print(f"prompts: {len(train_set):,} of {args.prompts}; for evaluation {len(eval_set):,} of {eval_from}")
     tracker = run_folder.track(run, "flow_grpo", args) if args.track and master else None
     stop = parallel.StopSignal()
     scorer = ThreadPoolExecutor(1)  # scores one tile while the next one is sampled
@@ -531,8 +540,9 @@ def main(args: Args):
                 grad_norm = parallel.clip_grad_norm(trained.values(), args.max_grad_norm)
                 grad_norms.append(grad_norm)
                 if math.isfinite(grad_norm):
+                    fallen = 0.9 * min(1.0, iteration / (args.decay_iterations or math.inf))
                     for group in optimizer.param_groups:
-                        group["lr"] = args.learning_rate * min(1.0, (state["updates"] + 1) / args.warmup_updates)
+                        group["lr"] = args.learning_rate * min(1 - fallen, (state["updates"] + 1) / args.warmup_updates)
                     optimizer.step()
                     state["updates"] += 1
                     state["skipped_in_a_row"] = 0

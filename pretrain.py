@@ -45,6 +45,8 @@ class Args:
     """alias (see models/__init__.py), hub id or folder in diffusers layout"""
     data: str = "shapes"
     """captioned images: shapes (drawn on the fly), or a .jsonl or .parquet file with images"""
+    eval_prompts: str = ""
+    """held-out captions for evaluation, in the forms of flow_grpo.py (empty = a tenth of --data, chosen by hash)"""
     reward: str = "shapes"
     """reward that judges the samples of an evaluation (empty = pictures only)"""
     out: str = ""
@@ -90,7 +92,7 @@ class Args:
     ema_decay: float = 0.998
     """decay per optimizer step of the averaged weights that are evaluated and exported (0 = no averaging)"""
 
-    num_steps: int = 8
+    num_steps: int = 6
     """denoising steps of evaluation (ODE)"""
     guidance: float = 1.0
     """text guidance of evaluation (1 = off)"""
@@ -182,7 +184,8 @@ def main(args: Args):
             )
         if args.batch_size % args.micro_batch_size:
             raise ValueError(f"--micro-batch-size {args.micro_batch_size} must divide --batch-size {args.batch_size}")
-        train_set, eval_set = prompt_data.load(args.data, "train"), prompt_data.load(args.data, "eval")
+        train_set = prompt_data.load(args.data, "train")
+        eval_set = prompt_data.load(args.data, "eval", eval_source=args.eval_prompts or None)
         captioned_images(args.data, train_set, args.seed, 0, 1, args.resolution)  # there are images
         score = rewards.load(args.reward, world.device) if args.reward else None
         if score:

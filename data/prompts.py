@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-KNOWN = ".txt (one prompt a line), .jsonl (GenEval format), .parquet, hub:owner/name#column, shapes"
+KNOWN = ".txt (one prompt a line), .jsonl (GenEval format), .parquet, hub:owner/name#column, shapes, shapes#tag,tag"
 
 
 class PromptSet:
@@ -54,15 +54,19 @@ def load(source, split="train", held_out=0.1, eval_source=None):
     if not 0 <= held_out <= 1:
         raise ValueError(f"expected held_out between 0 and 1, got {held_out}")
     if split == "eval" and eval_source is not None:
-        return load(eval_source, split="all")
+        # A file given for evaluation is all of it for evaluation; the shapes world knows its own held-out part.
+        return load(eval_source, split="eval" if _is_shapes(eval_source) else "all")
     rows, keys, read = _scan(source)
     if split == "all":
         return PromptSet(rows, read)
     if eval_source is not None:
-        keep = ~np.isin(keys, _scan(eval_source)[1])
+        eval_rows, eval_keys, _ = _scan(eval_source)
+        keep = ~np.isin(keys, eval_keys[eval_rows < 0] if _is_shapes(eval_source) else eval_keys)
+        if _is_shapes(source):
+            keep &= rows >= 0  # what the world holds out is never trained on, whichever part of it is evaluated
         why = f"all of its prompts are also in {eval_source}"
     else:
-        is_eval = rows < 0 if source == "shapes" else keys < held_out * 2.0**64
+        is_eval = rows < 0 if _is_shapes(source) else keys < held_out * 2.0**64
         keep = is_eval if split == "eval" else ~is_eval
         why = f"held_out={held_out} of its {len(rows):,} prompts leaves none for it"
     if not keep.any():
@@ -106,8 +110,8 @@ def _epoch(size, seed, epoch):
 
 def _scan(source):
     source = str(source)
-    if source == "shapes":
-        return _scan_shapes()
+    if _is_shapes(source):
+        return _scan_shapes(source)
     if source.startswith("hub:"):
         files, column = _download(source)
         return _scan_parquet(files, column)
@@ -267,10 +271,21 @@ def _download(source):
     )
 
 
-def _scan_shapes():
+def _is_shapes(source):
+    return str(source).split("#")[0] == "shapes"
+
+
+def _scan_shapes(source):
     from data import shapes
 
-    train, held_out = _balanced(shapes.train_prompts()), _balanced(shapes.held_out_prompts())
+    tags = str(source).partition("#")[2].split(",") if "#" in str(source) else shapes.TAGS
+    unknown = [tag for tag in tags if tag not in shapes.TAGS]
+    if unknown:
+        raise ValueError(f"{source}: expected tags out of {', '.join(shapes.TAGS)}, got {unknown[0]!r}")
+    train, held_out = (
+        _balanced([item for item in items if item["tag"] in tags])
+        for items in (shapes.train_prompts(), shapes.held_out_prompts())
+    )
     items = train + held_out
 
     def read(row):

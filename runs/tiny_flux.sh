@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes assets/tiny-flux from nothing: tokenizers, random text encoders, an autoencoder trained on shapes pictures, and a 0.69 M
 # parameter FLUX transformer pretrained by pretrain.py. The learning rate reaches its final value after two thirds of the
-# iterations; the last third shows that there is no more to gain at that rate. About 35 minutes on 4 CPU cores.
+# iterations; over the last third, at that rate, strict accuracy moves by less than 0.02. About 25 minutes on 4 CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m models.tiny tiny-flux --out outputs/tiny-flux-start
-python pretrain.py --model outputs/tiny-flux-start --out outputs/tiny-flux --num-iterations 6000 \
-    --learning-rate 4e-3 --decay-iterations 4000 --final-learning-rate 1e-4 --ema-decay 0.998 --eval-every 500 --save-every 500
+python pretrain.py --model outputs/tiny-flux-start --out outputs/tiny-flux --num-iterations 6000 --learning-rate 4e-3 \
+    --warmup-updates 50 --decay-iterations 4000 --final-learning-rate 1e-4 --num-steps 8 --eval-every 500 --save-every 500
 rm -rf assets/tiny-flux
 cp -r outputs/tiny-flux/model assets/tiny-flux
 cp outputs/tiny-flux/metrics.jsonl runs/results/tiny_flux.jsonl

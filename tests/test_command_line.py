@@ -23,7 +23,7 @@ SCRIPTS = [flow_grpo, pretrain]
 TINY = (
     "--num-prompts 2 --group-size 4 --micro-batch-size 4 --num-steps 3 --eval-num-steps 2 --eval-size 4 --eval-every 2"
 )
-TINY = [*TINY.split(), "--save-every", "1"]
+TINY = [*TINY.split(), "--save-every", "1", "--window-size", "0", "--window-range", "0", "0"]
 
 
 def launch(folder, *argv):
@@ -117,7 +117,7 @@ def test_wrong_flow_grpo_flags_are_one_message(tmp_path):
         (["--prompts", str(tmp_path / "none.txt")], "none.txt: no such file; --prompts takes"),
         (["--prompts", str(tmp_path / "empty.txt")], "empty.txt: expected at least one prompt, got an empty file"),
         (["--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl:2: expected the prompt to be text, got 3"),
-        (["--prompts", str(tmp_path / "one.txt")], "one.txt: the eval split is empty"),
+        (["--prompts", str(tmp_path / "one.txt"), "--eval-prompts", ""], "one.txt: the eval split is empty"),
         (["--eval-prompts", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
         (
             ["--prompts", str(tmp_path / "one.txt"), "--eval-prompts", str(tmp_path / "two.txt")],

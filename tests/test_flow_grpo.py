@@ -240,6 +240,9 @@ def test_kl_equals_torch_kl_divergence():
 
 TINY = dict(num_iterations=1, num_prompts=2, group_size=4, micro_batch_size=4, num_steps=4)
 TINY |= dict(eval_num_steps=2, eval_size=2, eval_every=1000, save_every=1000)
+TINY |= dict(sampler="flow_sde", noise_level=0.7, shared_noise=False, window_size=0, window_range=(0, 0))
+TINY |= dict(advantage_std="group", learning_rate=1e-4, decay_iterations=0, ema_decay=0.95, keep_unsharded=False)
+TINY |= dict(eval_prompts="")
 CLOCK = ("seconds_rollout", "seconds_reward", "seconds_update", "samples_per_s")
 
 
@@ -391,6 +394,41 @@ def train_twice_and_another(folder):
     common = dict(num_iterations=2, eval_every=1, num_updates=2, ema_decay=0.9, learning_rate=1e-3, window_size=1)
     rows = {name: train(folder / name, seed=seed, **common) for name, seed in (("a", 1), ("b", 1), ("c", 2))}
     return rows, seen[: len(seen) // 3]
+
+
+def train_and_watch(folder):
+    """The noise that the samples of two iterations start from, with and without --shared-noise, and learning rates."""
+    noise, rates = [], []
+    original, step = flow_grpo.rollout, torch.optim.AdamW.step
+
+    def rollout_and_record(model, cond, x, schedule, guidance, seed_BT=None):
+        if seed_BT is not None:
+            noise.append(x.flatten(1).tolist())
+        return original(model, cond, x, schedule, guidance, seed_BT)
+
+    def step_and_record(optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args)
+
+    flow_grpo.rollout, torch.optim.AdamW.step = rollout_and_record, step_and_record
+    common = dict(micro_batch_size=8, learning_rate=1e-3, warmup_updates=2)
+    train(folder / "shared", num_iterations=6, decay_iterations=4, shared_noise=True, **common)
+    train(folder / "own", num_iterations=2, **common)
+    return noise, rates
+
+
+def test_shared_noise_and_learning_rate(tmp_path):
+    noise, rates = processes.run(train_and_watch, tmp_path)[0]
+    for iteration, rows in enumerate(noise):
+        first, second = rows[:4], rows[4:]  # two prompts, four samples of each
+        for group in (first, second):
+            assert len({tuple(row) for row in group}) == (1 if iteration < 6 else 4)
+        assert first[0] != second[0] and first[0] not in noise[iteration - 1]
+    assert noise[6][0] == noise[0][0]  # sample 0 of a prompt keeps its own
+    falling = [1 - 0.9 * min(iteration, 4) / 4 for iteration in range(6)]
+    assert rates == pytest.approx(
+        [1e-3 * min(warm, fall) for warm, fall in zip([0.5, 1, 1, 1, 1, 1], falling)] + [5e-4, 1e-3]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,7 @@ def one_iteration(results, source, folder, flags):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     common = dict(reward=("jpeg",), num_iterations=1, eval_num_steps=1, eval_size=1, cache_prompts=4)
+    common |= dict(window_size=0, window_range=(0, 0), keep_unsharded=False, shared_noise=False)
     # A run of a tiny model first, for every import, thread and buffer that does not belong to the model.
     warm = os.path.join(folder, "tiny")
     tiny.flux_pipeline().save_pretrained(warm)

@@ -242,6 +242,21 @@ def test_shapes_brings_its_own_split_with_balanced_tags():
     assert len(load("shapes", "all")) == len(load("shapes")) + len(prompts)
 
 
+def test_shapes_takes_tags():
+    source = "shapes#counting,colors"
+    for split in ("train", "eval"):
+        some, every = load(source, split), load("shapes", split)
+        tags = Counter(some[i]["metadata"]["tag"] for i in range(len(some)))
+        assert set(tags) == {"counting", "colors"} and len(set(tags.values())) == 1
+        assert {some[i]["prompt"] for i in range(len(some))} < {every[i]["prompt"] for i in range(len(every))}
+    # as the file for evaluation it is its held-out part, which training then leaves out
+    held_out = texts_of(load("shapes", "eval", eval_source=source))
+    assert held_out == texts_of(load(source, "eval"))
+    assert set(texts_of(load("shapes", "train", eval_source=source))).isdisjoint(held_out)
+    with pytest.raises(ValueError, match="shapes#counting,colours: expected tags out of .*color_attr.* got 'colours'"):
+        load("shapes#counting,colours")
+
+
 # --------------------------------------------------------------------------------------------------------------- order
 
 

@@ -22,6 +22,7 @@ from models import checkpoint, run_folder
 
 TINY = dict(num_prompts=2, group_size=4, micro_batch_size=4, num_updates=2, num_steps=3, num_iterations=3, save_every=1)
 TINY |= dict(eval_num_steps=2, eval_size=6, eval_every=2, keep_checkpoints=3)
+TINY |= dict(sampler="flow_sde", noise_level=0.7, window_size=0, window_range=(0, 0))
 # Calls that one process makes of rollout: 2 tiles for an evaluation, 2 an iteration; of clipped_pg_loss: 4 tiles an
 # iteration, 2 for each of its updates.
 
