@@ -1,0 +1,133 @@
+"""Collects the runs of runs/flow_grpo.sh: numbers to runs/results/flow_grpo.json, curve and picture strip to assets/.
+
+Minutes are minutes of training (rollout, reward, update; for the control its updates), without evaluation and start-up.
+"""
+
+import json
+import os
+import platform
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+import models
+import rewards
+from data import prompts as prompt_data
+from data import shapes
+from kernels.sde_step import fold_seed
+from models import run_folder
+
+RUNS = {"flow_grpo": (1, 2, 3), "control": (1,)}  # seeds
+TAGS = (
+    "colors",
+    "counting",
+    "two_object",
+    "counting",
+    "single_object",
+    "colors",
+    "counting",
+    "position",
+)  # of the strip
+
+
+def history(run):
+    """(minutes of training so far, strict accuracy) at every evaluation of a run."""
+    seconds, points = 0.0, []
+    for row in run_folder.rows(run):
+        if "eval_strict" in row:
+            points.append((seconds / 60, row["eval_strict"]))
+        seconds += sum(row.get(f"seconds_{phase}", 0.0) for phase in ("rollout", "reward", "update"))
+    return points
+
+
+@torch.no_grad()
+def pictures(folder, prompts, seed):
+    """uint8 pictures of a model for `prompts`, with noise from `seed` and the default run's six ODE steps."""
+    model = models.load(folder, "cpu", torch.float32)
+    sigmas = model.sigmas(6, 32, 32).tolist()
+    noise = model.init_noise(fold_seed(seed, torch.arange(len(prompts))), 32, 32)
+    out = []
+    for start in range(0, len(prompts), 128):
+        x, cond = noise[start : start + 128], model.encode(prompts[start : start + 128])
+        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+            x = x + model.velocity(x, torch.full((len(x),), sigma), cond) * (sigma_next - sigma)
+        out += run_folder.to_uint8(model.decode(x))
+    return out
+
+
+def by_tag(folder, count=1536):
+    """Strict accuracy per tag on held-out prompts of all six tags, as many pictures of each."""
+    eval_set = prompt_data.load("shapes", "eval")
+    rows = [eval_set[i] for i in prompt_data.order(len(eval_set), 0, 0, count)]
+    metadata = [row["metadata"] for row in rows]
+    drawn = pictures(folder, [row["prompt"] for row in rows], 8)
+    strict = rewards.load("shapes").strict({"image": drawn}, None, metadata)
+    return {tag: strict[[m["tag"] == tag for m in metadata]].mean().item() for tag in shapes.TAGS}
+
+
+def strip(path, before, after):
+    """Pictures of both models for the same held-out prompts and noise: a row before, a row after."""
+    eval_set = prompt_data.load("shapes", "eval")
+    prompts = []
+    for i in prompt_data.order(len(eval_set), 1, 0, len(eval_set)):
+        prompt, tag = eval_set[i]["prompt"], eval_set[i]["metadata"]["tag"]
+        if len(prompts) < len(TAGS) and tag == TAGS[len(prompts)] and prompt not in prompts:
+            prompts.append(prompt)
+    cell = 96
+    sheet = Image.new("RGB", (70 + len(prompts) * (cell + 6), 2 * (cell + 6) + 44), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for line, (label, folder) in enumerate((("before", before), ("after", after))):
+        draw.text((6, 6 + line * (cell + 6) + cell // 2), label, fill="black", font=font)
+        for i, picture in enumerate(pictures(folder, prompts, 7)):
+            corner = (66 + i * (cell + 6), 6 + line * (cell + 6))
+            sheet.paste(Image.fromarray(picture).resize((cell, cell), Image.NEAREST), corner)
+            draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + cell, corner[1] + cell), outline="#cccccc")
+    for i, prompt in enumerate(prompts):
+        for n, words in enumerate(run_folder.wrap(prompt, font, cell)[:3]):
+            draw.text((66 + i * (cell + 6), 2 * (cell + 6) + 6 + 12 * n), words, fill="black", font=font)
+    sheet.save(path)
+
+
+def main():
+    curves = {kind: [history(f"outputs/{kind}-seed{seed}") for seed in seeds] for kind, seeds in RUNS.items()}
+    minutes = max(points[-1][0] for points in curves["flow_grpo"])
+    for points in curves["control"]:
+        if points[-1][0] < minutes:
+            raise SystemExit(f"the control ran {points[-1][0]:.1f} of {minutes:.1f} minutes: more iterations")
+        # up to the first evaluation after those minutes: the control is never the shorter one
+        del points[1 + next(n for n, (minute, _) in enumerate(points) if minute >= minutes) :]
+    result = {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+    for kind, runs in curves.items():
+        start, end = [points[0][1] for points in runs], [points[-1][1] for points in runs]
+        gain = [b - a for a, b in zip(start, end)]
+        result[kind] = dict(
+            start=start, end=end, gain=gain, mean_gain=sum(gain) / len(gain), minutes=[p[-1][0] for p in runs]
+        )
+    after = [by_tag(f"outputs/flow_grpo-seed{seed}/model") for seed in RUNS["flow_grpo"]]
+    result["strict_by_tag"] = {
+        "before": by_tag("assets/tiny-flux"),
+        "after": {tag: sum(tags[tag] for tags in after) / len(after) for tag in shapes.TAGS},
+    }
+    with open("runs/results/flow_grpo.json", "w") as f:
+        json.dump(result | {"curves": curves}, f, indent=1)
+
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for kind, color, label in (("flow_grpo", "#c2410c", "flow_grpo.py"), ("control", "#64748b", "further pretraining")):
+        for s, points in enumerate(curves[kind]):
+            axes.plot(*zip(*points), color=color, linewidth=1.3, marker="o", markersize=3, label=None if s else label)
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("strict accuracy, held-out prompts")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig("assets/flow_grpo.png", dpi=130)
+    strip("assets/before_after.png", "assets/tiny-flux", "outputs/flow_grpo-seed1/model")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
