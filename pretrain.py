@@ -9,7 +9,9 @@ are either drawn on the fly (the shapes world, of which there is no end) or come
 captions.
 
 CPU or 1 GPU:  python pretrain.py --num-iterations 500                  a few minutes more for tiny-flux
-8 GPUs:        torchrun --nproc_per_node 8 pretrain.py --model flux --data captions.parquet --lora-rank 64
+8 GPUs:        torchrun --nproc_per_node 8 pretrain.py --model flux --data captions.parquet --reward "" --dtype bf16 \\
+                   --resolution 512 --lora-rank 64 --batch-size 8 --micro-batch-size 2 --checkpoint-activations \\
+                   --no-keep-unsharded
 From nothing:  runs/tiny_flux.sh, which made the tiny-flux that is shipped
 """
 
@@ -105,6 +107,8 @@ class Args:
     keep_checkpoints: int = 2
     """newest checkpoints to keep (0 = all)"""
 
+    keep_unsharded: bool = True
+    """keep parameters gathered in evaluation and between tiles: no communication per step, memory of a whole copy"""
     checkpoint_activations: bool = False
     """recompute every block in the backward pass: less memory, a third more compute"""
     cpu_offload: bool = False
@@ -247,7 +251,7 @@ def main(args: Args):
         rows = [eval_set[i] for i in prompt_data.order(len(eval_set), 0, 0, int(mine.max()) + 1)[mine]]
         seed_B = fold_seed(0, EVAL, mine)
         judged, pictures, captions = [], [], []
-        with ema.applied() if ema else nullcontext(), parallel.unsharded(model.parts):
+        with ema.applied() if ema else nullcontext(), parallel.unsharded(model.parts, args.keep_unsharded):
             tiles = range(0, len(rows), args.micro_batch_size)
             for start in tqdm(tiles, desc="evaluate", leave=False, disable=not master):
                 check_stop()
@@ -289,7 +293,7 @@ def main(args: Args):
                 num_tiles = args.batch_size // args.micro_batch_size
                 for tile in range(num_tiles):
                     check_stop()
-                    parallel.accumulate(model.parts, tile == num_tiles - 1, defer=True)
+                    parallel.accumulate(model.parts, tile == num_tiles - 1, args.keep_unsharded)
                     index = state["cursor"] + world.rank * args.batch_size + tile * args.micro_batch_size
                     prompts, images = captioned_images(
                         args.data, train_set, args.seed, index, args.micro_batch_size, args.resolution
