@@ -13,32 +13,127 @@ score.name     the name it was loaded by
 """
 
 import difflib
-import math
+import importlib.util
+import os
 from importlib import import_module
+from math import isfinite, nan  # by name: `math` and `format` are modules of this package
+from typing import NamedTuple
 
-# Imported when asked for: a run that scores with jpeg does not load transformers.
+
+class Reward(NamedTuple):
+    loader: str  # module:function, imported when asked for: a run that scores with jpeg does not load transformers
+    needs: tuple = ("image",)
+    weights: tuple = ()  # one file of every checkpoint, owner/name/file on the hub
+    gigabytes: float = 0  # download
+    licence: str = ""  # of the weights
+    package: str = ""  # that must be importable
+    template: str = ""  # that `python -m rewards fetch` gets
+    judge: bool = False  # runs at --judge-url
+
+
+_CLIP_L = "openai/clip-vit-large-patch14/model.safetensors"
+_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K/vocab.json"  # the tokenizer only
+_DETECTOR = "facebook/mask2former-swin-small-coco-instance/pytorch_model.bin"
+_HPSV3 = ("MizzenAI/HPSv3/HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct/config.json")
+_EDITREWARD = ("TIGER-Lab/EditReward-MiMo-VL-7B-SFT-2508/README.md", "XiaomiMiMo/MiMo-VL-7B-SFT-2508/config.json")
+_QWEN = "Qwen/Qwen2.5-VL-7B-Instruct/model-00001-of-00005.safetensors"
+_EDIT = ("image", "source")
+
 REWARDS = {
-    "jpeg": lambda device: import_module("rewards.jpeg").load(device),
-    "jpeg_incompressibility": lambda device: import_module("rewards.jpeg").load_incompressibility(device),
-    "pickscore": lambda device: import_module("rewards.pickscore").load(device),
-    "shapes": lambda device: import_module("rewards.shapes").load(device),
+    "shapes": Reward("shapes:load"),
+    "jpeg": Reward("jpeg:load"),
+    "jpeg_incompressibility": Reward("jpeg:load_incompressibility"),
+    "psnr": Reward("recon:load", _EDIT),
+    "recon": Reward("recon:load_recon", ("recon", "source")),
+    "format": Reward("format:load", ("text",)),
+    "think_format": Reward("format:load_think", ("text",)),
+    "math": Reward("math:load", ("text",), package="math_verify"),
+    "ocr": Reward("ocr:load", package="rapidocr", licence="Apache-2.0"),
+    "pickscore": Reward(
+        "pickscore:load", ("image",), ("yuvalkirstain/PickScore_v1/model.safetensors", _CLIP_H), 3.9, "not stated"
+    ),
+    "clipscore": Reward("clip:load", ("image",), (_CLIP_L,), 1.7, "MIT"),
+    "clip_sim": Reward("clip:load_sim", _EDIT, (_CLIP_L,), 1.7, "MIT"),
+    "clip_direction": Reward("clip:load_direction", _EDIT, (_CLIP_L,), 1.7, "MIT"),
+    "hpsv2": Reward("hps:load", ("image",), ("xswu/HPSv2/HPS_v2_compressed.pt", _CLIP_H), 2.0, "Apache-2.0"),
+    "hpsv2.1": Reward("hps:load_v21", ("image",), ("xswu/HPSv2/HPS_v2.1_compressed.pt", _CLIP_H), 2.0, "Apache-2.0"),
+    "aesthetic": Reward(
+        "aesthetic:load",
+        ("image",),
+        (_CLIP_L, "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"),
+        1.7,
+        "MIT, Apache-2.0",
+    ),
+    "siglip": Reward(
+        "siglip:load", ("image",), ("google/siglip-so400m-patch14-384/model.safetensors",), 3.5, "Apache-2.0"
+    ),
+    "dino": Reward("dino:load", _EDIT, ("facebook/dinov2-base/model.safetensors",), 0.35, "Apache-2.0"),
+    "image_reward": Reward(
+        "image_reward:load",
+        ("image",),
+        ("THUDM/ImageReward/ImageReward.pt", "google-bert/bert-base-uncased/vocab.txt"),
+        1.8,
+        "Apache-2.0",
+    ),
+    "geneval": Reward("geneval:load", ("image",), (_DETECTOR, _CLIP_L), 2.0, "see its card, MIT"),
+    "hpsv3": Reward("hpsv3:load", ("image",), _HPSV3, 16, "MIT", template="hpsv3"),
+    "editreward": Reward("editreward:load", _EDIT, _EDITREWARD, 17, "MIT", template="editreward"),
+    "deqa": Reward("deqa:load", ("image",), (_QWEN,), 17),
+    "vlm_judge": Reward("vlm_judge:load", judge=True),
+    "vlm_score": Reward("vlm_judge:load_score", judge=True),
+    "unifiedreward": Reward("unifiedreward:load", judge=True, template="unifiedreward"),
+    "unifiedreward_v1": Reward("unifiedreward:load_v1", judge=True, template="unifiedreward"),
+    "unifiedreward_edit": Reward("unifiedreward:load_edit", _EDIT, judge=True, template="unifiedreward"),
 }
 
 
-def load(name, device="cpu"):
+def load(name, device="cpu", judge_url=None, judge_model=None):
     """The reward `name`, ready to score (weights, if it has any, are on `device`).
+
+    name: one of REWARDS, or http://host:port/name of a server (rewards/serve.py). judge_url, judge_model: where the
+    rewards that ask a model behind an OpenAI-compatible endpoint find it.
 
     Raises ValueError for a name that is not in REWARDS, RuntimeError where its weights cannot be loaded.
     """
     if "://" in name:
-        raise ValueError(f"reward {name!r}: remote rewards are not available in this version")
-    if name not in REWARDS:
+        from rewards import remote
+
+        score = remote.load(name, device)
+    elif name not in REWARDS:
         close = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown reward {name!r}{hint} (known: {', '.join(REWARDS)})")
-    score = REWARDS[name](device)
+    else:
+        module, function = REWARDS[name].loader.split(":")
+        judge = dict(judge_url=judge_url or None, judge_model=judge_model or None) if REWARDS[name].judge else {}
+        score = getattr(import_module(f"rewards.{module}"), function)(device, **judge)
     score.name = name
     return score
+
+
+def missing(name):
+    """What the reward `name` still needs on this machine, each with what to do about it: [] = ready. Looks at files and
+    packages only, loads nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    reward, found = REWARDS[name], []
+    if reward.package and importlib.util.find_spec(reward.package) is None:
+        found.append(f"pip install -r requirements.txt ({reward.package})")
+    for path in reward.weights:
+        owner, model, file = path.split("/", 2)
+        if not isinstance(try_to_load_from_cache(f"{owner}/{model}", file), str):
+            wanted = f" {file}" if file.endswith((".pt", ".pth")) or file == "HPSv3.safetensors" else ""
+            if file.endswith((".json", ".txt")):  # a tokenizer or configuration, without the weights beside it
+                wanted = " --include '*.json' --include '*.txt'"
+            found.append(f"hf download {owner}/{model}{wanted}")
+    if reward.template:
+        from rewards import fetch
+
+        if not os.path.exists(fetch.cached(reward.template)):
+            found.append(f"python -m rewards fetch {reward.template}")
+    if reward.judge:
+        found.append("a server at --judge-url")
+    return found
 
 
 def parse(specs):
@@ -66,8 +161,8 @@ def parse(specs):
         try:
             value = float(weight)
         except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value == 0:
+            value = nan
+        if not isfinite(value) or value == 0:
             raise ValueError(f"reward {spec!r}: the weight {weight!r} is not a finite number other than 0")
         metric = last if is_url else name
         if metric in [m for _, m, _ in parsed]:

@@ -101,7 +101,7 @@ def test_wrong_flow_grpo_flags_are_one_message(tmp_path):
             "unknown model 'unknwon': expected one of flux, tiny-flux, a folder",
         ),
         (["--model", str(tmp_path / "folder")], "no model_index.json; expected a folder in diffusers layout"),
-        (["--reward", "shape"], "unknown reward 'shape', did you mean 'shapes'? (known: jpeg, "),
+        (["--reward", "shape"], "unknown reward 'shape', did you mean 'shapes'? (known: shapes, jpeg, "),
         (["--reward", "jpeg", "jpeg:2"], "there is already a reward 'jpeg'"),
         (["--reward", "jpeg:much"], "the weight 'much' is not a finite number"),
         (["--micro-batch-size", "3"], "--micro-batch-size 3 must divide the 8 samples of --num-prompts x --group-size"),
@@ -237,6 +237,12 @@ def test_repository_has_no_pickle():
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Import, ast.ImportFrom)) else ""
+            # Published reward models come as .pt and .pth: read as tensors and nothing else.
+            if text == "torch.load" and path.parent.name == "rewards":
+                calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+                loads = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+                assert loads and all("weights_only=True" in map(ast.unparse, call.keywords) for call in loads), path
+                continue
             assert not re.search(r"\btorch\.(save|load)$|\bpickle\b|\bjoblib\b|\bdill\b|allow_pickle", text), (
                 path,
                 text,

@@ -1,6 +1,11 @@
 import io
 import json
 import math
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,8 +240,61 @@ def test_load_of_an_unknown_name_lists_the_known_ones():
     assert all(name in str(error.value) for name in ("jpeg", "jpeg_incompressibility", "pickscore", "shapes"))
     with pytest.raises(ValueError, match=r"unknown reward 'zzz' \(known"):
         rewards.load("zzz")
-    with pytest.raises(ValueError, match="remote rewards are not available"):
-        rewards.load("http://host:18083/pickscore")
+    with pytest.raises(ValueError, match="expected http://host:port/name"):
+        rewards.load("http://host:eighty/pickscore")
+
+
+def test_every_row_of_the_table_names_a_loader():
+    for name, reward in rewards.REWARDS.items():
+        module, function = reward.loader.split(":")
+        assert callable(getattr(import_module(f"rewards.{module}"), function)), name
+        assert set(reward.needs) <= {"image", "text", "source", "recon"} and reward.needs
+        assert all(path.count("/") >= 2 for path in reward.weights) and (reward.gigabytes > 0) == bool(reward.weights)
+
+
+def test_weightless_rewards_read_the_roles_of_the_table():
+    for name, reward in rewards.REWARDS.items():
+        if not (reward.weights or reward.judge):
+            assert rewards.load(name).needs == reward.needs and rewards.missing(name) == [], name
+
+
+def test_what_is_missing_says_what_to_run(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    assert rewards.missing("hpsv2.1")[0] == "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"
+    assert rewards.missing("clipscore") == ["hf download openai/clip-vit-large-patch14"]
+    assert rewards.missing("hpsv3")[-1] == "python -m rewards fetch hpsv3"
+    assert rewards.missing("vlm_judge") == ["a server at --judge-url"]
+
+
+def run_module(*argv):
+    command = [sys.executable, "-m", "rewards", *argv]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(rewards.__file__).parents[1]
+    )
+
+
+def test_command_line_lists_and_scores(tmp_path):
+    listed = run_module().stdout.splitlines()
+    assert [line.split()[0] for line in listed[1:]] == list(rewards.REWARDS)
+    assert next(line for line in listed if line.startswith("jpeg ")).endswith("ready")
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    scored = run_module(
+        "score", "--reward", "jpeg", "psnr", "--image", f"{tmp_path}/a.png", "--source", f"{tmp_path}/a.png"
+    )
+    want = rewards.load("jpeg")({"image": [picture]}, [""], [{}]).item()
+    assert json.loads(scored.stdout) == {"jpeg": want, "psnr": 50.0}
+    answer = run_module("score", "--reward", "math", "--text", "<answer>7</answer>", "--metadata", '{"answer": 7}')
+    assert json.loads(answer.stdout) == {"math": 1.0, "math/strict": 1.0}
+    for argv, message in [
+        (("--reward", "jpeg"), "error: reward 'jpeg' scores 'image', but this run only has"),
+        (("--reward", "jpeg", "--image", "none.png"), "error: none.png: expected a picture"),
+        (("--reward", "pikscore"), "error: unknown reward 'pikscore', did you mean 'pickscore'"),
+    ]:
+        failed = run_module("score", *argv)
+        assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_check_needs_names_reward_and_role():
