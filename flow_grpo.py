@@ -24,9 +24,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -50,9 +51,10 @@ class Args:
     """alias (see models/__init__.py), hub id or folder in diffusers layout; choosing one switches all defaults to its
     recipe"""
     reward: tuple[str, ...] = ("shapes",)
-    """rewards, name or name:weight, summed: jpeg, jpeg_incompressibility, pickscore, shapes"""
+    """rewards, name or name:weight or http://host:port/name:weight, summed; `python -m rewards` lists them"""
     prompts: str = "shapes"
-    """training prompts: shapes or shapes#tag,tag, a .txt, .jsonl or .parquet file, or hub:owner/name#column"""
+    """training prompts: shapes or shapes#tag,tag, shapes-edit, a .txt, .jsonl or .parquet file, or
+    hub:owner/name#column; models that edit take the picture of each prompt from there too"""
     eval_prompts: str = "shapes#single_object,two_object,counting,colors"
     """held-out prompts, same forms (empty = a tenth of --prompts, chosen by hash and never trained on)"""
     out: str = ""
@@ -90,8 +92,11 @@ class Args:
     """noisy, trained steps at a random place inside --window-range, the others are ODE (0 = all steps but the last)"""
     window_range: tuple[int, int] = (0, 3)
     """first step and end (exclusive) of where a window may lie (0 0 = all steps but the last)"""
+    sigma_schedule: Literal["stock", "single"] = "stock"
+    """noise levels: the model's own, or for sd3 with its shift applied once and not twice as diffusers does (the
+    published SD3.5 numbers are diffusers')"""
     resolution: int = 32
-    """height and width, in pixels"""
+    """height and width, in pixels; pictures to edit are cropped and resized to it"""
     guidance: float = 1.0
     """text guidance, embedded or classifier-free as the model has it, in rollout, replay and evaluation alike (1 =
     off)"""
@@ -132,6 +137,10 @@ class Args:
     keep_checkpoints: int = 2
     """newest checkpoints to keep (0 = all)"""
 
+    judge_url: str = ""
+    """OpenAI-compatible endpoint of the rewards that ask a judge, e.g. http://host:8000/v1"""
+    judge_model: str = ""
+    """model of that endpoint (empty = the one it serves)"""
     reward_device: str = ""
     """where reward models run, e.g. cuda:7 or cpu (empty = this rank's device)"""
     keep_unsharded: bool = True
@@ -157,14 +166,16 @@ class Args:
 
 
 def recipe(model):
-    """The defaults for a model: what runs if nothing else is on the command line."""
-    if model == "tiny-flux":
-        return Args()
-    # Any other FLUX-shaped model gets FLUX.1-dev's: Flow-GRPO's pickscore_flux_fast, 48 groups of 24 an iteration and 2
-    # updates; on 8 GPUs that is 6 prompts a rank. Its clip range of 1e-5 is one on a CPS log-prob without 1 / (2 c^2).
-    # Ours is the density's own, in which it reads 0.7e-5, 0.9e-5 and 1.3e-5 on the three steps of the window (2 c^2 is
-    # 1.48, 1.13 and 0.77 there at 512 px): 1e-5 is kept.
-    return Args(
+    """The defaults for a model: what runs if nothing else is on the command line. Where published recipes speak of
+    groups per iteration, ours is for 8 GPUs."""
+    family = models.family(model)
+    edits = dict(prompts="shapes-edit", eval_prompts="shapes-edit") if family in ("kontext", "klein") else {}
+    if model.startswith("tiny-"):
+        return Args(model=model, **edits)
+    # FLUX.1-dev: Flow-GRPO's pickscore_flux_fast, 48 groups of 24 an iteration and 2 updates. Its clip range of 1e-5 is
+    # one on a CPS log-prob without 1 / (2 c^2). Ours is the density's own, in which it reads 0.7e-5, 0.9e-5 and 1.3e-5
+    # on the three steps of the window (2 c^2 is 1.48, 1.13 and 0.77 there at 512 px): 1e-5 is kept.
+    flux = Args(
         model=model,
         reward=("pickscore",),
         prompts="data/scenes.txt",
@@ -196,6 +207,54 @@ def recipe(model):
         keep_unsharded=False,
         checkpoint_activations=True,
     )
+    # SD3 and SD3.5: Flow-GRPO's pickscore_sd3_fast_nocfg; its clip range of 1e-5 reads 0.6e-5 to 1.1e-5 in ours.
+    sd3 = replace(
+        flux,
+        group_size=18,
+        micro_batch_size=9,
+        num_steps=10,
+        eval_num_steps=40,
+        window_range=(0, 5),
+        guidance=1.0,
+        advantage_std="global",
+        lora_rank=32,
+    )
+    return {
+        "flux": flux,
+        "sd3": sd3,
+        # SANA: nobody published one for GRPO; SD3's, at SANA's own resolution (1,024 tokens, as many as SD3 at 512 px).
+        "sana": replace(sd3, resolution=1024),
+        # FLUX.1-Kontext-dev: Flow-GRPO's counting_flux_kontext.
+        "kontext": replace(
+            flux,
+            prompts="data/edits.jsonl",
+            group_size=21,
+            sampler="flow_sde",
+            noise_level=0.9,
+            window_size=0,
+            window_range=(0, 0),
+            guidance=2.5,
+            advantage_std="global",
+            clip_eps=1e-4,
+        ),
+        # FLUX.2-klein-base-4B: UniRL's, but for its clip range of 5e-3, with which others saw it collapse.
+        "klein": replace(
+            flux,
+            num_prompts=8,
+            group_size=16,
+            micro_batch_size=4,
+            num_steps=10,
+            eval_num_steps=50,
+            sampler="flow_sde",
+            noise_level=0.7,
+            shared_noise=True,
+            window_size=0,
+            window_range=(0, 0),
+            guidance=1.0,
+            lora_rank=16,
+            learning_rate=5e-5,
+        ),
+    }[family]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,6 +364,9 @@ def main(args: Args):
                 "--group-size must be at least 2 and --noise-level positive: "
                 "one sample has no advantage, and an ODE no log-prob"
             )
+        eval_source = args.eval_prompts or None
+        train_set = prompt_data.load(args.prompts, "train", eval_source=eval_source)
+        eval_set = prompt_data.load(args.prompts, "eval", eval_source=eval_source)
         if args.dry_run:
             sizes = memory.estimate(
                 args.model,
@@ -315,6 +377,7 @@ def main(args: Args):
                 num_prompts=args.num_prompts,
                 num_states=K + 1,
                 guidance=args.guidance,
+                reference_image=train_set[0]["image"] is not None,
                 lora_rank=args.lora_rank,
                 with_reference=args.kl_coef > 0,
                 ema=args.ema_decay > 0,
@@ -327,17 +390,14 @@ def main(args: Args):
                 cache_prompts=args.cache_prompts,
             )
             return print(memory.table(sizes)) if master else None
-        eval_source = args.eval_prompts or None
-        train_set = prompt_data.load(args.prompts, "train", eval_source=eval_source)
-        eval_set = prompt_data.load(args.prompts, "eval", eval_source=eval_source)
         reward_device = torch.device(args.reward_device or world.device)
-        scores = {metric: rewards.load(name, reward_device) for name, metric, _ in rewards.parse(args.reward)}
-        for score in scores.values():
-            rewards.check_needs(score, ("image",))
+        judge = (args.judge_url, args.judge_model)
+        scores = {metric: rewards.load(name, reward_device, *judge) for name, metric, _ in rewards.parse(args.reward)}
         model = models.load(
             args.model,
             world.device,
             dtype,
+            sigma_schedule=args.sigma_schedule,
             lora_rank=args.lora_rank,
             lora_alpha=args.lora_alpha or 2 * args.lora_rank,
             with_reference=args.kl_coef > 0,
@@ -345,8 +405,12 @@ def main(args: Args):
             cache_prompts=args.cache_prompts,
             cache_folder=args.cache_folder or None,
         )
+        edits = [prompt_data.check_images(part, model.reference_images) for part in (train_set, eval_set)][0]
+        for score in scores.values():
+            rewards.check_needs(score, ("image", "source") if edits else ("image",))
         size = (args.resolution, args.resolution)
         sigmas, eval_sigmas = model.sigmas(args.num_steps, *size), model.sigmas(args.eval_num_steps, *size)
+        eval_schedule = (eval_sigmas, *coefficients("flow_sde", eval_sigmas, 0.0, (0, 0)))
     for part in [*model.parts.values(), *(model.reference_parts or {}).values()]:
         parallel.shard(
             part, model.blocks(part), world, dtype, args.cpu_offload, args.checkpoint_activations, args.compile
@@ -390,11 +454,15 @@ def main(args: Args):
         if parallel.agree(stop.number):
             raise parallel.Stopped
 
-    def score_tile(pictures, prompts, metadata, strict=False):
+    def score_tile(pictures, rows, strict=False):
         """Every reward of a tile, fp32 [tile, R]; with `strict`, also the strict form of those that have one, as last
         columns."""
+        samples = {"image": pictures}
+        if edits:
+            samples["source"] = run_folder.to_uint8(prompt_data.images(rows, *size))
+        prompts, metadata = [row["prompt"] for row in rows], [row["metadata"] for row in rows]
         forms = [*scores.values(), *(score.strict for score in scores.values() if strict and score.strict)]
-        return torch.stack([form({"image": pictures}, prompts, metadata) for form in forms], dim=1)
+        return torch.stack([form(samples, prompts, metadata) for form in forms], dim=1)
 
     def total(reward_BR):
         """Weighted sum of the rewards; NaN where one of them failed."""
@@ -405,22 +473,22 @@ def main(args: Args):
         metrics, and pictures and captions for the grid."""
         mine = torch.arange(math.ceil(args.eval_size / world.size)) * world.size + world.rank  # as many on every rank
         rows = [eval_set[i] for i in prompt_data.order(len(eval_set), 0, 0, int(mine.max()) + 1)[mine.tolist()]]
-        prompts, metadata = [row["prompt"] for row in rows], [row["metadata"] for row in rows]
         seed_B = fold_seed(0, EVAL, mine)
-        schedule = (eval_sigmas, *coefficients("flow_sde", eval_sigmas, 0.0, (0, 0)))
         futures, pictures = [], []
         with ema.applied() if ema else nullcontext(), parallel.unsharded(model.parts, args.keep_unsharded):
             for start in tqdm(range(0, len(rows), tile_size), desc="evaluate", leave=False, disable=not master):
                 check_stop()
                 tile = slice(start, start + tile_size)
-                x, _, _ = rollout(
-                    model, model.encode(prompts[tile]), model.init_noise(seed_B[tile], *size), schedule, guidance
-                )
+                cond = model.encode([row["prompt"] for row in rows[tile]], prompt_data.images(rows[tile], *size))
+                x, _, _ = rollout(model, cond, model.init_noise(seed_B[tile], *size), eval_schedule, guidance)
                 images = run_folder.to_uint8(model.decode(x))
-                futures.append(scorer.submit(score_tile, images, prompts[tile], metadata[tile], True))
+                futures.append(scorer.submit(score_tile, images, rows[tile], True))
                 pictures += images[: 16 - len(pictures)]
         judged = torch.cat([future.result() for future in futures])
-        captions = [f"{r:.2f} {p}" for r, p in zip(total(judged).tolist(), prompts[: len(pictures)])]
+        captions = [f"{r:.2f} {row['prompt']}" for r, row in zip(total(judged).tolist(), rows[: len(pictures)])]
+        if edits:  # before and after, side by side
+            before = run_folder.to_uint8(prompt_data.images(rows[: len(pictures)], *size))
+            pictures = [np.concatenate(pair, axis=1) for pair in zip(before, pictures)]
         judged = parallel.all_gather(judged.masked_fill((mine >= args.eval_size)[:, None], math.nan))
         scored = {"eval_reward": total(judged).nanmean().item()}
         scored |= {f"eval_reward/{name}": judged[:, r].nanmean().item() for r, name in enumerate(scores)}
@@ -464,7 +532,7 @@ def main(args: Args):
             slot_P = torch.arange(args.num_prompts) + world.rank * args.num_prompts
             picks = prompt_data.order(len(train_set), args.seed, state["cursor"], args.num_prompts * world.size)
             rows = [train_set[i] for i in picks[slot_P.tolist()]]
-            cond_P = model.encode([row["prompt"] for row in rows])
+            cond_P = model.encode([row["prompt"] for row in rows], prompt_data.images(rows, *size))
             seed_PG = fold_seed(args.seed, NOISE, iteration, slot_P[:, None], torch.arange(args.group_size))
             seed_B = seed_PG.flatten().to(world.device)
             start_B = seed_PG[:, :1].expand_as(seed_PG).flatten().to(world.device) if args.shared_noise else seed_B
@@ -481,9 +549,8 @@ def main(args: Args):
                     x, states_tile, logp_tile = rollout(model, cond, noise, schedule, guidance, seed_BT[tile])
                     states.append(states_tile)
                     logps.append(logp_tile)
-                    of_tile = [rows[p] for p in prompt_B[tile].tolist()]
-                    prompts, metadata = [row["prompt"] for row in of_tile], [row["metadata"] for row in of_tile]
-                    futures.append(scorer.submit(score_tile, run_folder.to_uint8(model.decode(x)), prompts, metadata))
+                    pictures = run_folder.to_uint8(model.decode(x))
+                    futures.append(scorer.submit(score_tile, pictures, [rows[p] for p in prompt_B[tile].tolist()]))
             states_BKCHW, old_logp_BK = torch.cat(states), torch.cat(logps)  # K + 1 states, K log-probs
             seconds_rollout = time.perf_counter() - started
 
@@ -606,4 +673,6 @@ def main(args: Args):
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    main(run_folder.command_line(recipe(run_folder.peek(arguments, "--model", "tiny-flux")), arguments, __file__))
+    with parallel.clear_errors():
+        defaults = recipe(run_folder.peek(arguments, "--model", "tiny-flux"))
+    main(run_folder.command_line(defaults, arguments, __file__))

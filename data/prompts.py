@@ -1,12 +1,15 @@
-"""Prompts, with optional metadata and images, from a text file, JSON lines, parquet, the Hugging Face hub, or `shapes`.
+"""Prompts, with optional metadata and images, from a text file, JSON lines, parquet, the Hugging Face hub, or the
+shapes world: `shapes` to draw, `shapes-edit` to edit.
 
     train = load("data/ocr.txt")                       # 90 % of the file
     test = load("data/ocr.txt", split="eval")          # the other 10 %: no prompt text is on both sides
     rows = order(len(train), seed, cursor, count)      # which prompts come next; `cursor` is all there is to save
     train[rows[0]]                                     # {"prompt": str, "metadata": dict, "image": None | PIL.Image}
+    images([train[i] for i in rows], 512, 512)         # those images as one tensor, or None
 
 Everything is checked once, in `load`, so that a broken line 70,000 stops a run before the models are loaded. After that
-only one int64 a prompt stays in memory: a byte offset or a row number; text and images are read on access.
+only one int64 a prompt stays in memory: a byte offset or a row number; text and images are read on access. (The shapes
+world has no files: its pictures to edit, 14 MB, are drawn once and kept.)
 """
 
 import functools
@@ -19,14 +22,20 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-KNOWN = ".txt (one prompt a line), .jsonl (GenEval format), .parquet, hub:owner/name#column, shapes, shapes#tag,tag"
+KNOWN = (
+    ".txt (one prompt a line), .jsonl (GenEval format), .parquet, hub:owner/name#column, shapes, shapes-edit, "
+    "shapes#tag,tag"
+)
+NUM_EDITS = 4096, 512  # of shapes-edit: to train on, held out
 
 
 class PromptSet:
-    """`rows` int64 [len]: where each prompt is; `read(row)` -> (prompt, metadata, image file | bytes | None, where)."""
+    """`rows` int64 [len]: where each prompt is; `read(row)` -> (prompt, metadata, image, where), the image as a file,
+    bytes, a picture or None."""
 
     def __init__(self, rows, read):
         self.rows, self.read = rows, read
@@ -74,6 +83,38 @@ def load(source, split="train", held_out=0.1, eval_source=None):
             f"{source}: the {split} split is empty, {why}; give evaluation its own file with --eval-prompts"
         )
     return PromptSet(rows[keep], read)
+
+
+def images(rows, height, width):
+    """The images of PromptSet entries as float [0, 1] [len(rows), 3, height, width]; None where no row has one.
+
+    Each is cut around its centre to the aspect ratio asked for and resized (Lanczos, antialiased, at the cut with what
+    lies behind it); one that has the size already is copied exactly. Raises ValueError, naming the first row without an
+    image, where others have one.
+    """
+    without = [i for i, row in enumerate(rows) if row["image"] is None]
+    if len(without) == len(rows):
+        return None
+    if without:
+        prompt = rows[without[0]]["prompt"]
+        raise ValueError(
+            f"prompt {_short(prompt)!r} (row {without[0]} of {len(rows)}) has no image and others have one: "
+            "expected an image for every prompt or for none"
+        )
+    fitted = (ImageOps.fit(row["image"].convert("RGB"), (width, height), Image.Resampling.LANCZOS) for row in rows)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted]))
+    return pixels.permute(0, 3, 1, 2).float() / 255
+
+
+def check_images(prompt_set, reference_images):
+    """Whether the entries of a PromptSet have images, judged by its first; ValueError where that does not suit a model
+    whose reference_images are "none", "optional" or "required" (models/__init__.py)."""
+    has_images = prompt_set[0]["image"] is not None
+    if has_images and reference_images == "none":
+        raise ValueError("--prompts have images and --model makes pictures from text: expected a model that edits")
+    if not has_images and reference_images == "required":
+        raise ValueError("--model edits pictures and --prompts have none: expected e.g. shapes-edit, data/edits.jsonl")
+    return has_images
 
 
 def order(size, seed, start, count):
@@ -136,6 +177,11 @@ def _scan_lines(path):
                 prompt, _, image, _ = parse(line, path, where, number == 1)
                 if image is not None and not image.is_file():
                     raise ValueError(f"{where}: expected an image file, got {image}, which does not exist")
+                if len(rows) == 0:
+                    with_images = image is not None
+                elif with_images != (image is not None):
+                    has = "has no image and the lines above have one" if with_images else "is the first with an image"
+                    raise ValueError(f"{where}: {has}; expected one in every line or in none")
                 rows.append(offset)
                 keys.append(_key(prompt))
             offset += len(line)
@@ -272,36 +318,51 @@ def _download(source):
 
 
 def _is_shapes(source):
-    return str(source).split("#")[0] == "shapes"
+    return str(source).split("#")[0] in ("shapes", "shapes-edit")
 
 
 def _scan_shapes(source):
     from data import shapes
 
-    tags = str(source).partition("#")[2].split(",") if "#" in str(source) else shapes.TAGS
-    unknown = [tag for tag in tags if tag not in shapes.TAGS]
+    world, hash_sign, chosen = str(source).partition("#")
+    known = shapes.EDIT_TAGS if world == "shapes-edit" else shapes.TAGS
+    tags = chosen.split(",") if hash_sign else known
+    unknown = [tag for tag in tags if tag not in known]
     if unknown:
-        raise ValueError(f"{source}: expected tags out of {', '.join(shapes.TAGS)}, got {unknown[0]!r}")
-    train, held_out = (
-        _balanced([item for item in items if item["tag"] in tags])
-        for items in (shapes.train_prompts(), shapes.held_out_prompts())
-    )
-    items = train + held_out
+        raise ValueError(f"{source}: expected tags out of {', '.join(known)}, got {unknown[0]!r}")
+    if world == "shapes-edit":
+        sides = [[edit for edit in side if edit[0]["tag"] in tags] for side in _edits()]
+    else:
+        sides = [shapes.train_prompts(), shapes.held_out_prompts()]
+        sides = [_balanced([(item, None) for item in side if item["tag"] in tags]) for side in sides]
+    items = sides[0] + sides[1]
 
     def read(row):
-        metadata = dict(items[row])
-        return metadata.pop("prompt"), metadata, None, "shapes"
+        metadata = dict(items[row][0])
+        return metadata.pop("prompt"), metadata, items[row][1], "shapes"
 
     rows = np.arange(len(items), dtype=np.int64)
-    rows[len(train) :] -= len(items)  # negative rows are the held-out ones, and index `items` all the same
-    return rows, np.array([_key(item["prompt"]) for item in items], dtype=np.uint64), read
+    rows[len(sides[0]) :] -= len(items)  # negative rows are the held-out ones, and index `items` all the same
+    return rows, np.array([_key(item["prompt"]) for item, _ in items], dtype=np.uint64), read
+
+
+@functools.cache
+def _edits():
+    """(train, held out) lists of (metadata, source picture): a fixed piece of the world's stream 0. Takes a second."""
+    from data import shapes
+
+    sides = []
+    for count, known in zip(NUM_EDITS, (shapes.train_edits(), shapes.held_out_edits())):
+        sources, _, metadata = shapes.edits(0, 0, count, known)
+        sides.append([(item, Image.fromarray(picture)) for item, picture in zip(metadata, sources)])
+    return sides
 
 
 def _balanced(items):
     """Every tag as often as the one with most prompts: nine in ten of the world's prompts are about positions."""
     tags = {}
     for item in items:
-        tags.setdefault(item["tag"], []).append(item)
+        tags.setdefault(item[0]["tag"], []).append(item)
     most = max(len(group) for group in tags.values())
     return [group[i % len(group)] for group in tags.values() for i in range(most)]
 
@@ -323,6 +384,8 @@ def _key(prompt):
 
 
 def _decode(image, where):
+    if isinstance(image, Image.Image):
+        return image.copy()
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")

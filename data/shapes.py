@@ -10,6 +10,8 @@ arXiv 2310.11513), its six tasks included:
      "prompt": "a red circle left of a blue square"}
 
 `color` is optional; `position` is a relation and the index in `include` of the object it refers to.
+
+An edit is a picture, an instruction ("make the red circle blue") and the metadata of the picture that should come out.
 """
 
 import functools
@@ -32,6 +34,7 @@ COLORS = {
 }
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction (x, y), y down
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+EDIT_TAGS = ("recolor", "reshape", "remove", "add")
 
 HELD_OUT_SHARE = 0.2
 WIDTHS = (8.0, 10.0, 12.0)  # of an object
@@ -190,23 +193,28 @@ def draw(metadata, rng, size=SIZE):
     include = metadata["include"]
     groups = np.array([g for g, item in enumerate(include) for _ in range(item["count"])])
     relations = [(g, item["position"][0], item["position"][1]) for g, item in enumerate(include) if "position" in item]
-    boxes = _layout(groups, relations, rng) * (size / SIZE)
+    boxes = _layout(groups, relations, rng)
     names = list(COLORS)
+    things = [(include[g]["class"], include[g].get("color") or names[rng.integers(len(names))]) for g in groups]
+    return _paint(things, boxes, size)
+
+
+def _paint(things, boxes, size):
+    """The objects `things`, (class, colour) each, in `boxes` [N, 4] at size 32: uint8 [size, size, 3]."""
     picture = np.full((size, size, 3), 255, np.float32)
     grid, s = _subpixels(size), SUPERSAMPLING
-    for g, (x0, y0, x1, y1) in zip(groups, boxes):
-        color = COLORS[include[g].get("color") or names[rng.integers(len(names))]]
+    for (name, color), (x0, y0, x1, y1) in zip(things, boxes * (size / SIZE)):
         left, top, right, bottom = int(x0), int(y0), int(np.ceil(x1)), int(np.ceil(y1))
         x, y = grid[left * s : right * s], grid[top * s : bottom * s, None]
-        if include[g]["class"] == "circle":
+        if name == "circle":
             inside = (x - (x0 + x1) / 2) ** 2 + (y - (y0 + y1) / 2) ** 2 <= ((x1 - x0) / 2) ** 2
-        elif include[g]["class"] == "square":
+        elif name == "square":
             inside = (np.abs(x - (x0 + x1) / 2) <= (x1 - x0) / 2) & (np.abs(y - (y0 + y1) / 2) <= (y1 - y0) / 2)
         else:  # a triangle stands on its base; it is as high as it is wide
             inside = (np.abs(x - (x0 + x1) / 2) * 2 <= y - y0) & (y <= y1)
         cover = inside.reshape(bottom - top, s, right - left, s).mean((1, 3), dtype=np.float32)
         patch = picture[top:bottom, left:right]
-        patch += cover[..., None] * (np.array(color, np.float32) - patch)
+        patch += cover[..., None] * (np.array(COLORS[color], np.float32) - patch)
     return np.rint(picture).astype(np.uint8)
 
 
@@ -221,3 +229,111 @@ def pictures(seed, start, count, prompts=None, size=SIZE):
         metadata.append(_sample(groups, rng))
         out[k] = draw(metadata[-1], rng, size)
     return out, metadata
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Edits
+
+
+@functools.cache
+def _all_edits():
+    things = {(color, name): _item(name, 1, color) for color, name in itertools.product(COLORS, CLASSES)}
+    out = []
+
+    def edit(tag, prompt, source, target):
+        # The items are shared between all edits: 25,000 with their own would be 50 MB.
+        items = [[things[thing] for thing in scene] for scene in (source, target)]
+        out.append({"tag": tag, "source": items[0], "include": items[1], "prompt": prompt})
+
+    for source in (scene for n in (1, 2, 3) for scene in itertools.combinations(things, n)):
+        others = [thing for thing in things if thing not in source]
+        for k, (color, name) in enumerate(source):
+            for new in others:
+                target = (*source[:k], new, *source[k + 1 :])
+                if new[1] == name:
+                    edit("recolor", f"make the {color} {name} {new[0]}", source, target)
+                elif new[0] == color:
+                    edit("reshape", f"turn the {color} {name} into a {new[1]}", source, target)
+            if len(source) > 1:
+                edit("remove", f"remove the {color} {name}", source, (*source[:k], *source[k + 1 :]))
+        if len(source) < 3:
+            for color, name in others:
+                edit("add", f"add a {color} {name}", source, (*source, (color, name)))
+    return out
+
+
+@functools.cache
+def _edit_split():
+    """(train, held out) edits, each in the order of `all_edits`."""
+    groups = {}  # scenes by their number of objects, instructions by tag
+    for e in _all_edits():
+        groups.setdefault(len(e["source"]), {})[repr(e["source"])] = True
+        groups.setdefault(e["tag"], {})[e["prompt"]] = True
+    held_out = set()
+    for group in groups.values():
+        by_hash = sorted(group, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+        held_out.update(by_hash[: max(1, round(HELD_OUT_SHARE * len(by_hash)))])
+    sides = [], [], []
+    for e in _all_edits():
+        sides[(repr(e["source"]) in held_out) + (e["prompt"] in held_out)].append(e)
+    return sides[0], sides[2]
+
+
+def all_edits():
+    """Every edit of a scene of 1 to 3 different objects into another one, in a fixed order: a list of dicts with the
+    objects of the picture `source`, those that should come out `include`, and the instruction `prompt`. They share
+    their items: copy before you change one."""
+    return list(_all_edits())
+
+
+def train_edits():
+    """The edits of about 80 % of the scenes by about 80 % of the instructions of each tag: 64 % of `all_edits`."""
+    return list(_edit_split()[0])
+
+
+def held_out_edits():
+    """The edits of the other scenes by the other instructions, 4 % of `all_edits`: both the source's set of objects and
+    the text of the instruction are new to whoever saw `train_edits` (a target scene may be known from there)."""
+    return list(_edit_split()[1])
+
+
+def _place(boxes):
+    """For each of the boxes: [relation, index] to the first earlier box that it clearly has a relation to, or None."""
+    out = []
+    for i, box in enumerate(boxes):
+        offsets = box_offset(box, boxes[:i])
+        clear = ([r, j] for j in range(i) for r, d in RELATIONS.items() if offsets[j] @ d >= POSITION_MARGIN)
+        out.append(next(clear, None))
+    return out
+
+
+def edits(seed, start, count, prompts=None, size=SIZE):
+    """Edits `start` ... `start + count - 1` of the endless stream `seed`: (source pictures and target pictures, both
+    uint8 [count, size, size, 3], list of metadata). Edit k is a function of (seed, start + k) alone. `prompts` defaults
+    to `train_edits()`; tags and numbers of objects come equally often.
+
+    What is not edited stays where it is. So the metadata tells of the target, beside its objects, where the source
+    shows it clearly, how they lie to each other: a picture drawn anew from the instruction alone is no edit.
+    """
+    groups = {}
+    for e in _edit_split()[0] if prompts is None else prompts:
+        groups.setdefault((e["tag"], len(e["source"])), []).append(e)
+    groups = list(groups.values())
+    sources, targets = np.empty((2, count, size, size, 3), np.uint8)
+    metadata = []
+    for k in range(count):
+        rng = np.random.default_rng([seed, start + k])
+        e = _sample(groups, rng)
+        before, after = ([(item["class"], item["color"]) for item in e[key]] for key in ("source", "include"))
+        boxes = _layout(np.arange(max(len(before), len(after))), [], rng)  # an added object is the last one
+        kept = [i for i, thing in enumerate(before) if thing in after or e["tag"] != "remove"]
+        after_boxes = boxes if e["tag"] == "add" else boxes[kept]
+        sources[k] = _paint(before, boxes[: len(before)], size)
+        targets[k] = _paint(after, after_boxes, size)
+        include = [dict(item) for item in e["include"]]
+        for item, position in zip(include, _place(after_boxes[: len(kept)])):
+            if position:
+                item["position"] = position
+        source = [dict(item) for item in e["source"]]
+        metadata.append({"tag": e["tag"], "source": source, "include": include, "prompt": e["prompt"]})
+    return sources, targets, metadata

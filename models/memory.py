@@ -21,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import models
-from models import flux
+from models import flux, flux2, sana, sd3
 
-# The configs of FLUX.1-dev beside its transformer, because the licence stands before its files. tests/test_memory.py
-# holds their parameter counts to flux.FLUX_DEV's.
+MODELS = {"flux": flux.Flux, "kontext": flux.Flux, "klein": flux2.Flux2, "sd3": sd3.Sd3, "sana": sana.Sana}
+
+# The configs of FLUX.1-dev, which are also Kontext's, beside those of its transformer, because the licence stands
+# before its files. tests/test_memory.py holds their parameter counts to flux.FLUX_DEV's.
 FLUX_DEV_T5 = dict(
     vocab_size=32128,
     d_model=4096,
@@ -63,13 +65,14 @@ FLAGS = {
     "optimizer state": "--lora-rank, more GPUs, --shard-size 0, --cpu-offload",
     "averaged weights": "--ema-decay 0, --lora-rank, more GPUs, --cpu-offload",
     "reference copy": "--kl-coef 0, --lora-rank, more GPUs",
+    "buffers": "--dtype bf16, --lora-rank",
     "text encoders": "--offload-encoders, --dtype bf16",
     "autoencoder": "--dtype bf16",
     "prompt embeddings": "--num-prompts",
     "trajectories": "--num-prompts, --group-size, --window-size",
     "gradients": "--lora-rank, more GPUs, --cpu-offload, without --keep-unsharded",
     "gathered parameters": "--dtype bf16, without --keep-unsharded",
-    "prompt encoding": "--offload-encoders, --dtype bf16",
+    "prompt encoding": "--offload-encoders, --dtype bf16, --resolution",
     "rollout forward": "--micro-batch-size, --resolution",
     "decoding": "--micro-batch-size, --resolution",
     "activations": "--checkpoint-activations, --micro-batch-size, --resolution",
@@ -101,26 +104,34 @@ def estimate(
     cpu_offload=False,
     offload_encoders=False,
     cache_prompts=512,
+    reference_image=False,
     device_type="cuda",
 ):
     """Bytes on the fullest rank as an ordered dict: what it holds, then "peak: <phase>" and their maximum "peak", then
     what is in CPU memory ("host: ..."). "model, unsharded" is the whole transformer. About 6 s for FLUX.1-dev.
 
-    source: alias, folder or hub id (of which only the configs are fetched; FLUX.1-dev needs none). dtype: what the
-    model computes in. tile_rows: rows of a forward and backward. resolution: pixels. num_samples, num_prompts: per rank
-    and iteration. num_states: latents kept of each sample, one more than trained steps. device_type: "cpu" for a run
-    without GPU, where "host" is the same memory; the optimizer's temporaries differ.
+    source: alias, folder or hub id (of which only configs and tokenizers are fetched; FLUX.1-dev and Kontext need
+    none). dtype: what the model computes in. tile_rows: rows of a forward and backward. resolution: pixels.
+    num_samples, num_prompts: per rank and iteration. num_states: latents kept of each sample, one more than trained
+    steps. reference_image: every prompt comes with a picture of this resolution to edit; for a model that only edits
+    (Kontext) always. device_type: "cpu" for a run without GPU, where "host" is the same memory; the optimizer's
+    temporaries differ.
 
     FSDP2 cuts dim 0 of every parameter into ceil(rows / ranks), padded: all ranks hold as much. Beside the shards
     it holds the root's parameters and those of one block; of three blocks where there is something to gather (the one
     that computes, the next one's buffer, and the copy between them), or of the whole model with keep_unsharded.
-    Unreduced gradients of a block or two are part of "activations".
+    Unreduced gradients of a block or two are part of "activations". Buffers, such as SD3's table of positions, are
+    whole on every rank.
 
-    Raises ValueError for an unknown or unsupported model, or a resolution that it cannot make.
+    Raises ValueError for an unknown or unsupported model, a resolution that it cannot make, guidance that it cannot
+    have, or a reference_image that it does not take; RuntimeError where configs are missing, or the hub or a licence
+    stands in the way.
     """
-    pipeline = _pipeline(source, dtype)
-    model = flux.Flux(pipeline, "meta", dtype, lora_rank, 2 * lora_rank, with_reference)
+    family, pipeline = _pipeline(source, dtype)
+    model = MODELS[family](pipeline, "meta", dtype, lora_rank, 2 * lora_rank, with_reference)
+    model.cache = functools.partial(_cached, model._encode_rows)
     part = model.parts["transformer"]
+    known = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     h, w = model.latent_size(resolution, resolution)
     latent = 4 * model.latent_channels * h * w
     ranks = shard_size or world_size
@@ -142,18 +153,21 @@ def estimate(
     if cpu_offload:
         host["sharded"] = sum(held.values()) + trained_shard
         held = dict.fromkeys(held, 0)
-    encoders = [*pipeline.text_encoder.parameters(), *pipeline.text_encoder_2.parameters()]
-    encoder_bytes = dtype.itemsize * numel(encoders)
+    copies = [part, *(model.reference_parts or {}).values()]
+    held["buffers"] = sum(buffer.nbytes for module in copies for buffer in module.buffers())
+    encoder_bytes = dtype.itemsize * numel(encoder_parameters(pipeline))
     held["text encoders"] = 0 if offload_encoders else encoder_bytes
     host["text encoders"] = encoder_bytes if offload_encoders else 0
     held["autoencoder"] = dtype.itemsize * numel(pipeline.vae.parameters())
 
-    with torch.no_grad():
-        row = model._encode_rows([""])
-        with _Alive(model) as encode:
-            model._encode_rows([""] * min(16, num_prompts))  # EmbeddingCache encodes 16 prompts at once
-    row_bytes = sum(t.nbytes for t in row.values())
-    held["prompt embeddings"] = num_prompts * row_bytes * (1 if model.embedded_guidance else 2)
+    tile = min(tile_rows, num_samples)
+    rows = max(num_prompts, tile)  # an evaluation encodes a tile of prompts
+    edits = reference_image or model.reference_images == "required"
+    with _Alive(known) as encoding:
+        cond = model.encode([""] * rows, torch.empty(rows, 3, resolution, resolution) if edits else None)
+    row_bytes = {name: t[0].nbytes for name, t in cond.items()}
+    held["prompt embeddings"] = num_prompts * sum(row_bytes.values())
+    cached_bytes = sum(size for name, size in row_bytes.items() if name != "image" and not name.endswith("_null"))
     # The tiles' states and their concatenation are both alive until the next rollout.
     held["trajectories"] = 2 * num_samples * num_states * latent
 
@@ -166,21 +180,20 @@ def estimate(
     # Without a reduction after every tile gradients add up whole, in fp32, on the GPU.
     gradients = master if keep_unsharded else 0 if cpu_offload else trained_shard
 
-    tile = min(tile_rows, num_samples)
     for p in parameters:
         p.data = p.data.to(dtype)  # FSDP2 gathers all of them, masters too, in the dtype of the computation
     part.train()
-    with torch.no_grad(), _Alive(model) as rollout:
-        _velocity(model, row, tile, (h, w), guidance)
-    with torch.no_grad(), _Alive(model) as decode:
+    with torch.no_grad(), _Alive(known) as rollout:
+        _velocity(model, cond, tile, (h, w), guidance)
+    with torch.no_grad(), _Alive(known) as decode:
         model.decode(torch.empty(tile, model.latent_channels, h, w, device="meta"))
     if checkpoint_activations:
         for block in model.blocks(part):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     inside = {p for block in blocks for p in block}
-    with _Alive(model) as update:
+    with _Alive(known) as update:
         _reduce_per_block([*blocks, [p for p in parameters if p not in inside]], ranks)
-        _velocity(model, row, tile_rows, (h, w), guidance).float().square().mean().backward()
+        _velocity(model, cond, tile_rows, (h, w), guidance).float().square().mean().backward()
 
     # AdamW: the square roots of all second moments at once on a GPU, of one after the other on a CPU.
     temporaries = trained_shard if device_type == "cuda" else 2 * max(shard_bytes([p], 4, ranks) for p in trained)
@@ -188,7 +201,7 @@ def estimate(
     work = {
         "gradients": gradients,
         "gathered parameters": gathered,
-        "prompt encoding": encode.peak + (encoder_bytes if offload_encoders else 0),
+        "prompt encoding": encoding.peak + (encoder_bytes if offload_encoders else 0),
         "rollout forward": rollout.peak,
         "decoding": decode.peak,
         "activations": update.peak,
@@ -211,8 +224,8 @@ def estimate(
     lower = 0 if lora_rank or dtype.itemsize == 4 else whole
     reading = (dtype.itemsize * numel(frozen) if lora_rank else master * (2 if with_reference else 1)) + lower
     offloaded = sum(host.values())
-    host["prompt cache"] = cache_prompts * row_bytes
-    host["loading"] = reading + encoder_bytes + held["autoencoder"]
+    host["prompt cache"] = cache_prompts * cached_bytes
+    host["loading"] = reading + held["buffers"] + encoder_bytes + held["autoencoder"]
     host["checkpoint"] = 0 if cpu_offload else trained_shard * (4 if ema else 3)
     host["export"] = master + lower  # rank 0
     host["peak"] = max(host["loading"], offloaded + host["prompt cache"] + max(host["checkpoint"], host["export"]))
@@ -246,6 +259,13 @@ def numel(parameters):
     return sum(p.numel() for p in parameters)
 
 
+def encoder_parameters(pipeline):
+    """The parameters of all text encoders of a pipeline, a tensor that two layers share once."""
+    names = [name for name in pipeline.components if name.startswith("text_encoder")]
+    encoders = [getattr(pipeline, name) for name in names if getattr(pipeline, name) is not None]
+    return [p for encoder in encoders for p in encoder.parameters()]
+
+
 def shard_bytes(parameters, itemsize, ranks):
     """Bytes of rank 0's shards, and so of any rank's with FSDP2's padding: ceil(rows / ranks) rows of each."""
     return sum(itemsize * -(-p.shape[0] // ranks) * p.shape[1:].numel() for p in parameters)
@@ -255,60 +275,101 @@ def shard_bytes(parameters, itemsize, ranks):
 
 
 def _pipeline(source, dtype):
-    """A FluxPipeline's parts on the meta device, in dtype, with tokenizers that know lengths only."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    """The family of a model, and its pipeline with the scheduler and tokenizers of its folder and everything else on
+    the meta device, in dtype."""
+    import diffusers
+    from transformers.utils import logging
 
-    source = models.ALIASES.get(source, source)
+    logging.set_verbosity_error()  # see models/pipeline.py
+    source = models.folder_or_id(source)
     if source == models.ALIASES["flux"]:
-        transformer, vae = flux.FLUX_DEV["transformer"], FLUX_DEV_VAE
-        clip, t5 = CLIPTextConfig(**FLUX_DEV_CLIP), T5Config(**FLUX_DEV_T5)
-        clip_tokens, t5_tokens = 77, flux.FLUX_DEV["text_tokens"]
+        family, kind, components = "flux", "FluxPipeline", _flux_dev()
+    elif source == models.ALIASES["kontext"]:
+        family, kind, components = "kontext", "FluxKontextPipeline", _flux_dev()
     else:
-        kind = models.pipeline_class(source)
-        if kind != "FluxPipeline":
-            raise ValueError(f"{source}: pipeline class {kind} is not supported; supported: FluxPipeline")
+        family, folder = models.family(source), source
         if not os.path.isdir(source):
             from huggingface_hub import snapshot_download
 
-            hub_id = source
-            source = models.hub(hub_id, lambda: snapshot_download(hub_id, allow_patterns=["*.json"]))
-        transformer = FluxTransformer2DModel.load_config(source, subfolder="transformer")
-        vae = AutoencoderKL.load_config(source, subfolder="vae")
-        clip = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
-        t5 = T5Config.from_pretrained(source, subfolder="text_encoder_2")
-        clip_tokens, t5_tokens = (_max_length(source, name) for name in ("tokenizer", "tokenizer_2"))
+            patterns = ["*.json", "tokenizer*/*"]
+            folder = models.hub(source, lambda: snapshot_download(source, allow_patterns=patterns))
+        kind = models.pipeline_class(folder)
+        try:
+            components = _components(folder)
+        except OSError as error:
+            raise RuntimeError(f"'{source}' is incomplete, download or save it again: {error}") from None
+    for part in components.values():
+        if isinstance(part, torch.nn.Module):
+            for p in part.parameters():
+                p.data = p.data.to(dtype)
+    return family, getattr(diffusers, kind)(**components)
+
+
+def _components(folder):
+    """What model_index.json names: text encoders, transformer and autoencoder from their configs, on the meta device;
+    scheduler and tokenizers as they are; settings of the pipeline itself. Anything else is not used here."""
+    import diffusers
+    import transformers
+
+    with open(os.path.join(folder, "model_index.json")) as f:
+        index = {name: value for name, value in json.load(f).items() if not name.startswith("_")}
+    components = {}
+    for name, value in index.items():
+        if not isinstance(value, list):
+            components[name] = value
+        elif value[1] is None:  # SD3 without T5
+            components[name] = None
+        elif name.startswith("tokenizer"):
+            components[name] = getattr(transformers, value[1]).from_pretrained(folder, subfolder=name)
+        elif name == "scheduler":
+            components[name] = getattr(diffusers, value[1]).from_pretrained(folder, subfolder=name)
+        elif name.startswith("text_encoder"):
+            cls = getattr(transformers, value[1])
+            config = cls.config_class.from_pretrained(folder, subfolder=name)
+            with torch.device("meta"):
+                components[name] = cls(config)
+        elif name in ("transformer", "vae"):
+            cls = getattr(diffusers, value[1])
+            config = cls.load_config(folder, subfolder=name)
+            with torch.device("meta"):
+                components[name] = cls.from_config(config)
+    return components
+
+
+def _flux_dev():
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
     with torch.device("meta"):
-        parts = dict(
-            transformer=FluxTransformer2DModel.from_config(transformer),
-            vae=AutoencoderKL.from_config(vae),
-            text_encoder=CLIPTextModel(clip),
-            text_encoder_2=T5EncoderModel(t5),
+        return dict(
+            transformer=FluxTransformer2DModel.from_config(flux.FLUX_DEV["transformer"]),
+            vae=AutoencoderKL.from_config(FLUX_DEV_VAE),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**FLUX_DEV_CLIP)),
+            text_encoder_2=T5EncoderModel(T5Config(**FLUX_DEV_T5)),
+            tokenizer=_tokenizer(77),
+            tokenizer_2=_tokenizer(flux.FLUX_DEV["text_tokens"]),
+            scheduler=None,
         )
-    for part in parts.values():
-        for p in part.parameters():
-            p.data = p.data.to(dtype)
-    return SimpleNamespace(
-        **parts, tokenizer=_tokenizer(clip_tokens), tokenizer_2=_tokenizer(t5_tokens), scheduler=None
-    )
-
-
-def _max_length(folder, name):
-    with open(os.path.join(folder, name, "tokenizer_config.json")) as f:
-        return json.load(f)["model_max_length"]
 
 
 def _tokenizer(length):
+    """What is left of a tokenizer that pads everything to one length, when it has no files."""
+
     def tokenize(prompts, max_length, **_):
-        return SimpleNamespace(input_ids=torch.zeros(len(prompts), max_length, dtype=torch.long, device="meta"))
+        return SimpleNamespace(input_ids=torch.zeros(len(prompts), max_length, dtype=torch.long))
 
     tokenize.model_max_length = length
     return tokenize
 
 
-def _velocity(model, row, rows, size, guidance):
-    cond = {name: t.new_empty(rows, *t.shape[1:]) for name, t in row.items()}
-    cond |= {f"{name}_null": t for name, t in cond.items()}
+def _cached(encode_rows, prompts):
+    """EmbeddingCache in bytes: encodes 16 prompts at once at most, and its rows are in CPU memory."""
+    rows = encode_rows(prompts[:16])
+    return {name: torch.empty(len(prompts), *t.shape[1:], dtype=t.dtype) for name, t in rows.items()}
+
+
+def _velocity(model, cond, rows, size, guidance):
+    cond = {name: t.new_empty(rows, *t.shape[1:]) for name, t in cond.items()}
     x = torch.empty(rows, model.latent_channels, *size, device="meta")
     return model.velocity(x, torch.empty(rows, device="meta"), cond, (guidance, 1.0))
 
@@ -340,11 +401,11 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 
 class _Alive(TorchDispatchMode):
-    """Inside, `live` is the bytes of all storages that exist beside the model's own, and `peak` their maximum."""
+    """Inside, `live` is the bytes of all storages on the meta device that exist beside those of `modules`, and `peak`
+    their maximum."""
 
-    def __init__(self, model):
+    def __init__(self, modules):
         super().__init__()
-        modules = (*model.parts.values(), model.text_encoder, model.text_encoder_2, model.vae)
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         self.known = {t.untyped_storage()._cdata for t in tensors}
         self.live = self.peak = 0
@@ -358,9 +419,12 @@ class _Alive(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            # transformers asks whether a mask is all ones, to do without it. Prompts have padding.
+            return False
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.known:
                     self.known.add(storage._cdata)

@@ -75,10 +75,12 @@ def peek(argv, flag, default):
     for word, following in zip(argv, [*argv[1:], ""]):
         name, equals, value = word.partition("=")
         value = value if equals else following
-        if name == flag:
+        if name.replace("_", "-") == flag:
             return value
         if name == "--resume":  # a folder that is none is left to command_line, which says so
-            return (_read(os.path.join(value, "args.json")) or {}).get(flag.removeprefix("--"), default)
+            return (_read(os.path.join(value, "args.json")) or {}).get(
+                flag.removeprefix("--").replace("-", "_"), default
+            )
     return default
 
 

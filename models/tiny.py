@@ -13,6 +13,8 @@ autoencoder is trained here, for minutes, on pictures of the shapes world; the t
 import argparse
 import json
 import os
+import shutil
+import tempfile
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from data import shapes
 
 TEXT_TOKENS = 12  # the longest shapes prompt is 8 words; T5's </s> and padding fill the rest
+QWEN_TOKENS = 24  # the chat template takes 12, the longest shapes prompt 9
 
 
 def clip_tokenizer(texts):
@@ -67,16 +70,18 @@ def flux_pipeline(
     latent_channels=8,
     vae_channels=(16, 32, 32),
     guidance_embeds=False,
+    texts=None,
 ):
     """A randomly initialised FluxPipeline; the defaults are tiny-flux: 32 x 32 px -> 8 x 8 latents -> 16 tokens.
 
-    Other dimensions make other FLUX-shaped folders (the tests use them). The same seed gives the same weights.
+    Other dimensions make other FLUX-shaped folders (the tests use them); texts is what the tokenizers learn their words
+    from (default: the prompts of the shapes world). The same seed gives the same weights.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     rope = 2 * (3 * head_dim // 16)  # FLUX splits 128 as 16 + 56 + 56; every share must be even
-    texts = [metadata["prompt"] for metadata in shapes.all_prompts()]
+    texts = texts or [metadata["prompt"] for metadata in shapes.all_prompts()]
     tokenizer, tokenizer_2 = clip_tokenizer(texts), t5_tokenizer(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -157,6 +162,352 @@ def flux_pipeline(
     )
 
 
+def kontext_pipeline(seed=0, guidance_embeds=True):
+    """A randomly initialised FluxKontextPipeline of tiny-flux's dimensions, with embedded guidance, whose tokenizers
+    know the instructions of the shapes world. The same seed gives the same weights."""
+    from diffusers import FluxKontextPipeline
+
+    texts = [metadata["prompt"] for metadata in shapes.all_prompts()]
+    texts += sorted({edit["prompt"] for edit in shapes.all_edits()})
+    pipeline = flux_pipeline(seed, guidance_embeds=guidance_embeds, texts=texts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # This alias is used untrained, and zero gates and a zero output would give RL nothing to learn from.
+        for module in pipeline.transformer.modules():
+            if isinstance(module, torch.nn.Linear) and not module.weight.any():
+                torch.nn.init.xavier_uniform_(module.weight, gain=0.5)
+    return FluxKontextPipeline(**pipeline.components)
+
+
+def sd3_pipeline(
+    seed=0,
+    num_layers=2,
+    num_heads=4,
+    head_dim=16,
+    dual_attention_layers=(0,),
+    qk_norm="rms_norm",
+    clip_dims=(24, 32),
+    text_dim=64,
+    latent_channels=8,
+    vae_channels=(8, 16, 16),
+    max_size=16,
+):
+    """A randomly initialised StableDiffusion3Pipeline; the defaults are tiny-sd3: 32 x 32 px -> 8 x 8 latents -> 16
+    tokens, up to 128 x 128 px, with SD3.5-medium's dual attention and query-key norm in it.
+
+    Other dimensions make other SD3-shaped folders (the tests use them); max_size is in patches. The same seed gives the
+    same weights.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    texts = [metadata["prompt"] for metadata in shapes.all_prompts()]
+    tokenizer, tokenizer_2, tokenizer_3 = clip_tokenizer(texts), clip_tokenizer(texts), t5_tokenizer(texts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder, text_encoder_2 = (
+            CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=dim,
+                    intermediate_size=2 * dim,
+                    projection_dim=dim,
+                    num_hidden_layers=2,  # SD3 reads the last but one
+                    num_attention_heads=4,
+                    max_position_embeddings=77,
+                    bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            )
+            for dim in clip_dims
+        )
+        text_encoder_3 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer_3),
+                d_model=text_dim,
+                d_kv=16,
+                d_ff=text_dim,
+                num_layers=1,
+                num_heads=4,
+                is_gated_act=True,
+                dense_act_fn="gelu_new",
+                pad_token_id=tokenizer_3.pad_token_id,
+                eos_token_id=tokenizer_3.eos_token_id,
+            )
+        )
+        bias = text_encoder_3.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        torch.nn.init.normal_(bias.weight, std=3.0)  # word order, as in flux_pipeline
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
+            up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
+            block_out_channels=vae_channels,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=8,
+            sample_size=shapes.SIZE,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+        )
+        transformer = SD3Transformer2DModel(
+            sample_size=shapes.SIZE // 2 ** (len(vae_channels) - 1),
+            patch_size=2,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            num_layers=num_layers,
+            attention_head_dim=head_dim,
+            num_attention_heads=num_heads,
+            joint_attention_dim=text_dim,
+            caption_projection_dim=num_heads * head_dim,
+            pooled_projection_dim=sum(clip_dims),
+            pos_embed_max_size=max_size,
+            dual_attention_layers=dual_attention_layers,
+            qk_norm=qk_norm,
+        )
+        init_transformer(transformer)
+        # This alias is used untrained, and zero gates and a zero output would give RL nothing to learn from.
+        for name, module in transformer.named_modules():
+            if isinstance(module, torch.nn.Linear) and not module.weight.any():
+                torch.nn.init.xavier_uniform_(module.weight, gain=0.5)
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+        transformer=transformer,
+    )
+
+
+def qwen_tokenizer(texts):
+    """A Qwen2Tokenizer trained on `texts`: byte-level BPE, so that any prompt has a spelling, with Qwen3's chat
+    template in short. enable_thinking=False closes the thinking block before the answer, as Qwen3 does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2TokenizerFast
+
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*texts, "user\n", "assistant\n\n"] * 2, trainer)
+    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    return Qwen2TokenizerFast(
+        vocab=tokenizer.get_vocab(),
+        merges=merges,
+        additional_special_tokens=special[1:],
+        chat_template=template,
+        model_max_length=QWEN_TOKENS,
+    )
+
+
+def klein_pipeline(
+    seed=0,
+    num_layers=1,
+    num_single_layers=2,
+    num_heads=4,
+    head_dim=16,
+    text_dim=16,
+    latent_channels=8,
+    vae_channels=(16, 32, 32),
+    is_distilled=False,
+):
+    """A randomly initialised Flux2KleinPipeline; the defaults are tiny-klein: 32 x 32 px -> 4 x 4 latents of 32
+    channels -> 16 tokens.
+
+    Other dimensions make other klein-shaped folders (the tests use them). The same seed gives the same weights. The
+    text encoder has 28 layers, narrow ones, because FLUX.2 klein reads the states after layers 9, 18 and 27.
+    """
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = qwen_tokenizer([metadata["prompt"] for metadata in shapes.all_prompts()])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=text_dim,
+                intermediate_size=2 * text_dim,
+                num_hidden_layers=28,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=512,
+                # Of variance 1 / width, so that words differ as much as they can; the usual 0.02 is for wide layers.
+                initializer_range=text_dim**-0.5,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        vae = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
+            up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
+            block_out_channels=vae_channels,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=8,
+            sample_size=shapes.SIZE,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        # Like those of a trained autoencoder, no two channels alike.
+        vae.bn.running_mean.normal_(std=0.3)
+        vae.bn.running_var.uniform_(0.3, 2.0)
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * latent_channels,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            attention_head_dim=head_dim,
+            num_attention_heads=num_heads,
+            joint_attention_dim=3 * text_dim,
+            axes_dims_rope=(head_dim // 4,) * 4,
+            guidance_embeds=False,
+        )
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=is_distilled,
+    )
+
+
+def gemma_tokenizer(texts):
+    """A GemmaTokenizer trained on `texts`: byte-pair encoding of words with their leading space, every ASCII letter so
+    that any prompt has a spelling, <bos> in front."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GemmaTokenizer
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    letters = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789,.!?'\"-")
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"],
+        initial_alphabet=["▁", *letters],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts + letters, trainer)
+    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    return GemmaTokenizer(vocab=tokenizer.get_vocab(), merges=merges, add_bos_token=True, model_max_length=TEXT_TOKENS)
+
+
+def sana_pipeline(
+    seed=0,
+    num_layers=2,
+    num_heads=4,
+    head_dim=16,
+    num_cross_heads=2,
+    text_dim=64,
+    latent_channels=8,
+    vae_channels=(16, 32, 32),
+    patch_size=1,
+    qk_norm="rms_norm_across_heads",
+    interpolation_scale=None,
+):
+    """A randomly initialised SanaPipeline; the defaults are tiny-sana: 32 x 32 px -> 8 x 8 latents, a token each, with
+    SANA 1.5's query-key norm and DPM-Solver scheduler.
+
+    Other dimensions make other SANA-shaped folders (the tests use them); num_cross_heads must divide num_heads x
+    head_dim. The same seed gives the same weights.
+    """
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    width, num_stages = num_heads * head_dim, len(vae_channels)
+    tokenizer = gemma_tokenizer([metadata["prompt"] for metadata in shapes.all_prompts()])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=text_dim,
+                intermediate_size=text_dim,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                query_pre_attn_scalar=16,
+                sliding_window=64,
+                max_position_embeddings=8192,
+                # SANA gives its text tokens no positions: word order reaches it only through Gemma, whose usual 0.02
+                # would leave every token almost its own embedding at this width.
+                initializer_range=text_dim**-0.5,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+        blocks = ("ResBlock",) * (num_stages - 1) + ("EfficientViTBlock",)
+        multiscales = ((),) * (num_stages - 1) + ((5,),)
+        vae = AutoencoderDC(
+            latent_channels=latent_channels,
+            attention_head_dim=8,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=vae_channels,
+            decoder_block_out_channels=vae_channels,
+            encoder_layers_per_block=(1,) * num_stages,
+            decoder_layers_per_block=(1,) * num_stages,
+            encoder_qkv_multiscales=multiscales,
+            decoder_qkv_multiscales=multiscales,
+            scaling_factor=1.0,
+        )
+        # Left as diffusers initialises it: this alias is used untrained, and a zero output would give RL nothing to
+        # learn from.
+        transformer = SanaTransformer2DModel(
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            num_attention_heads=num_heads,
+            attention_head_dim=head_dim,
+            num_layers=num_layers,
+            num_cross_attention_heads=num_cross_heads,
+            cross_attention_head_dim=width // num_cross_heads,
+            cross_attention_dim=width,
+            caption_channels=text_dim,
+            sample_size=shapes.SIZE // 2 ** (num_stages - 1),
+            patch_size=patch_size,
+            qk_norm=qk_norm,
+            interpolation_scale=interpolation_scale,
+        )
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return SanaPipeline(
+        scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
+    )
+
+
 def init_transformer(transformer):
     """Initialise for training from nothing as DiT does (arXiv 2212.09748, section 3.2): Xavier weights, zero
     modulation, zero output, so that every block starts as the identity."""
@@ -196,6 +547,25 @@ def train_autoencoder(vae, seed=0, num_iterations=1500, batch_size=64, learning_
         latents = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     return vae
+
+
+def build(alias, folder):
+    """Write the untrained pipeline of a tiny alias to `folder`, always the same one. Ranks and runs may do it at the
+    same time: the folder appears complete or not at all."""
+    pipelines = {
+        "tiny-kontext": kontext_pipeline,
+        "tiny-sd3": sd3_pipeline,
+        "tiny-klein": klein_pipeline,
+        "tiny-sana": sana_pipeline,
+    }
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    part = tempfile.mkdtemp(prefix=f".{alias}-", dir=os.path.dirname(folder))
+    pipelines[alias]().save_pretrained(part)
+    os.chmod(part, 0o755)
+    try:
+        os.rename(part, folder)
+    except OSError:  # another process was first
+        shutil.rmtree(part)
 
 
 def main():

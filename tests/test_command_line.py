@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -37,11 +38,11 @@ def launch(folder, *argv):
 
 def call(module, argv):
     """What the script's last lines do."""
-    defaults = (
-        flow_grpo.recipe(run_folder.peek(argv, "--model", "tiny-flux")) if module == "flow_grpo" else pretrain.Args()
-    )
-    script = sys.modules[module]
-    return script.main(run_folder.command_line(defaults, argv, script.__file__))
+    before, sys.argv = sys.argv, [f"{module}.py", *argv]
+    try:
+        runpy.run_path(str(ROOT / f"{module}.py"), run_name="__main__")
+    finally:
+        sys.argv = before
 
 
 def refusals(module, commands):
@@ -94,11 +95,11 @@ def test_wrong_flow_grpo_flags_are_one_message(tmp_path):
     cases = [
         (
             ["--model", "tiny-fluks"],
-            "unknown model 'tiny-fluks', did you mean tiny-flux?: expected one of flux, tiny-flux",
+            "unknown model 'tiny-fluks', did you mean tiny-flux?: expected one of flux, kontext",
         ),
         (
             ["--model", "unknwon", "--reward", "jpeg"],
-            "unknown model 'unknwon': expected one of flux, tiny-flux, a folder",
+            "unknown model 'unknwon': expected one of flux, kontext, klein, sd3, sd3.5, sana, tiny-flux, ",
         ),
         (["--model", str(tmp_path / "folder")], "no model_index.json; expected a folder in diffusers layout"),
         (["--reward", "shape"], "unknown reward 'shape', did you mean 'shapes'? (known: shapes, jpeg, "),
@@ -108,6 +109,9 @@ def test_wrong_flow_grpo_flags_are_one_message(tmp_path):
         (["--num-updates", "3"], "whose number --num-updates 3 divides"),
         (["--group-size", "1", "--micro-batch-size", "1"], "--group-size must be at least 2"),
         (["--noise-level", "0"], "--noise-level positive"),
+        (["--sigma-schedule", "single"], "--sigma-schedule single: only sd3 models have one"),
+        (["--prompts", "shapes-edit"], "--prompts have images and --model makes pictures from text"),
+        (["--model", "tiny-kontext", "--prompts", "shapes"], "--model edits pictures and --prompts have none"),
         (["--window-size", "3"], "--window-size 3 --window-range 0 2 --num-steps 3: the window must fit"),
         (["--window-range", "1", "3"], "--window-range 1 3 --num-steps 3: the window must fit"),
         (["--num-steps", "1"], "--num-steps 1: the window must fit"),

@@ -269,7 +269,7 @@ def perturb(std):
 def use_reward(function):
     """From here on in this process, every reward is function(images, prompts) -> list of floats."""
 
-    def load(name, device):
+    def load(name, device, *judge):
         def score(samples, prompts, metadata):
             return torch.tensor(function(name, samples["image"]), dtype=torch.float32)
 
@@ -545,7 +545,17 @@ def test_recipe_is_chosen_by_the_model():
     assert flow_grpo.recipe("tiny-flux") == flow_grpo.Args()
     flux = flow_grpo.recipe("flux")
     assert flux.model == "flux" and flux.reward == ("pickscore",) and flux.lora_rank > 0 and flux.dtype == "bf16"
-    assert flow_grpo.recipe("some/folder") == dataclasses.replace(flux, model="some/folder")
+    folder = models.ALIASES["tiny-flux"]  # neither an alias nor an id: what its model_index.json says
+    assert flow_grpo.recipe(folder) == dataclasses.replace(flux, model=folder)
+    tiny_kontext = flow_grpo.recipe("tiny-kontext")
+    assert tiny_kontext == flow_grpo.Args(model="tiny-kontext", prompts="shapes-edit", eval_prompts="shapes-edit")
+    # Groups of 18 to 24 pictures, 48 of them an iteration on 8 GPUs, but for klein: the published numbers.
+    sizes = {name: flow_grpo.recipe(name) for name in ("flux", "sd3", "sd3.5", "sana", "kontext", "klein")}
+    assert {name: 8 * args.num_prompts * args.group_size for name, args in sizes.items()} == {
+        **dict(flux=1152, sd3=864, sana=864, kontext=1008, klein=1024),
+        "sd3.5": 864,
+    }
+    assert [args.guidance for args in sizes.values()] == [3.5, 1.0, 1.0, 1.0, 2.5, 1.0]
 
 
 def train_flux(folder):

@@ -4,9 +4,11 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import shutil
 import sys
 from datetime import timedelta
 
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,14 +17,18 @@ from torch.distributed.device_mesh import init_device_mesh
 import models
 from models import flux, memory, parallel, tiny
 
+SD3 = "stable_diffusion_3.pipeline_stable_diffusion_3"
+KLEIN = "flux2.pipeline_flux2_klein"
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     [
         *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "peft", "pytest"),
         *("diffusers.pipelines.flux.pipeline_flux", "matplotlib.pyplot"),
+        *(f"diffusers.pipelines.{name}" for name in (SD3, KLEIN)),
     ]
 )
 
+TINY = ["tiny-flux", "tiny-kontext", "tiny-klein", "tiny-sd3", "tiny-sana"]
 RUN = dict(tile_rows=4, resolution=32, num_samples=8, num_prompts=2, num_states=3)
 
 
@@ -38,22 +44,23 @@ def small(tmp_path_factory):
 # Exact: parameters and shards
 
 
-def test_flux_dev_has_the_published_numbers_of_parameters():
-    pipeline = memory._pipeline("flux", torch.bfloat16)
-    encoders = [*pipeline.text_encoder.parameters(), *pipeline.text_encoder_2.parameters()]
+@pytest.mark.parametrize("alias", ["flux", "kontext"])
+def test_flux_dev_has_the_published_numbers_of_parameters(alias):
+    family, pipeline = memory._pipeline(alias, torch.bfloat16)
+    assert family == alias
     assert memory.numel(pipeline.transformer.parameters()) == 11_901_408_320
-    assert memory.numel(encoders) == flux.FLUX_DEV["encoder_parameters"]
+    assert memory.numel(memory.encoder_parameters(pipeline)) == flux.FLUX_DEV["encoder_parameters"]
     assert memory.numel(pipeline.vae.parameters()) == flux.FLUX_DEV["vae_parameters"]
     assert 2 ** (len(pipeline.vae.config.block_out_channels) - 1) == flux.FLUX_DEV["vae_scale"]
     assert pipeline.tokenizer_2.model_max_length == flux.FLUX_DEV["text_tokens"]
 
 
-def test_flux_dev_needs_no_weights_and_no_network():
-    sizes = memory.estimate(
-        "flux", torch.bfloat16, **RUN | dict(resolution=512), lora_rank=64, world_size=8, checkpoint_activations=True
-    )
-    # T5's rows 512 x 4096 and CLIP's 768, bf16; 2 prompts on the GPU, 512 in the cache.
-    assert sizes["prompt embeddings"] == 2 * 2 * (512 * 4096 + 768) and sizes["host: prompt cache"] == 512 * 2 * 2097920
+def test_kontext_dev_needs_no_weights_and_no_network():
+    sizes = memory.estimate("kontext", torch.bfloat16, **RUN | dict(resolution=512), lora_rank=64, world_size=8)
+    # T5's rows 512 x 4096 and CLIP's 768, bf16, of 2 prompts on the GPU and 512 in the cache; on the GPU also the
+    # latents of the picture that each prompt edits, fp32.
+    assert sizes["prompt embeddings"] == 2 * (2 * (512 * 4096 + 768) + 4 * 16 * 64 * 64)
+    assert sizes["host: prompt cache"] == 512 * 2 * 2097920
     assert sizes["trajectories"] == 2 * 8 * 3 * 16 * 64 * 64 * 4
     # Width 3072. Double blocks: 8 attention projections and 2 feed-forwards; single blocks: q, k, v.
     d, r = 3072, 64
@@ -63,19 +70,90 @@ def test_flux_dev_needs_no_weights_and_no_network():
     assert 2 * 11_901_408_320 // 8 <= sizes["frozen parameters"] < 2.001 * 11_901_408_320 // 8
 
 
-@pytest.mark.parametrize("lora_rank", [0, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parameter_bytes_of_a_folder_are_those_of_the_loaded_model(small, dtype, lora_rank):
-    model = models.load(small, "cpu", dtype, lora_rank=lora_rank, lora_alpha=5)
-    sizes = memory.estimate(small, dtype, **RUN, lora_rank=lora_rank)
+def test_flux_dev_needs_no_picture():
+    sizes = memory.estimate("flux", torch.bfloat16, **RUN)
+    assert sizes["prompt embeddings"] == 2 * 2 * (512 * 4096 + 768)
+    assert sizes["model, unsharded"] == 4 * 11_901_408_320
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The hub out of reach and an empty cache, whose folder it returns."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_hub_id_needs_configs_and_tokenizers_only(offline):
+    cached = offline / "models--somebody--klein"
+    files = models.folder_or_id("tiny-klein")
+    shutil.copytree(files, cached / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    sizes = memory.estimate("somebody/klein", torch.float32, **RUN)
+    assert sizes == memory.estimate("tiny-klein", torch.float32, **RUN)
+
+
+@pytest.mark.parametrize("alias", ["klein", "sd3", "sd3.5", "sana"])
+def test_without_its_configs_an_alias_is_refused_with_what_to_do(offline, alias):
+    with pytest.raises(RuntimeError, match=f"'{models.ALIASES[alias]}' .*hf download"):
+        memory.estimate(alias, torch.float32, **RUN)
+
+
+@pytest.mark.parametrize("dtype, lora_rank", [(torch.float32, 0), (torch.bfloat16, 5)])
+@pytest.mark.parametrize("source", TINY)
+def test_bytes_of_a_folder_are_those_of_the_loaded_model(source, dtype, lora_rank):
+    model = models.load(source, "cpu", dtype, lora_rank=lora_rank, lora_alpha=5, with_reference=True)
+    images = torch.rand(2, 3, 32, 32) if model.reference_images != "none" else None
+    sizes = memory.estimate(
+        source, dtype, **RUN, lora_rank=lora_rank, with_reference=True, reference_image=images is not None
+    )
     tensors = list(model.parts["transformer"].parameters())
     assert sizes["model, unsharded"] == sum(p.nbytes for p in tensors)
-    assert sizes["trained parameters"] == sum(p.nbytes for p in tensors if p.requires_grad)
+    assert sizes["trained parameters"] == sum(p.nbytes for p in tensors if p.requires_grad) > 0
     assert sizes["frozen parameters"] == sum(p.nbytes for p in tensors if not p.requires_grad)
+    copies = [m for m in (model.reference_parts or {}).values()]
+    assert sizes["reference copy"] == sum(p.nbytes for m in copies for p in m.parameters())
+    assert bool(copies) == (lora_rank == 0)
+    copies.append(model.parts["transformer"])
+    assert sizes["buffers"] == sum(b.nbytes for m in copies for b in m.buffers())
+    assert (sizes["buffers"] > 0) == (source == "tiny-sd3")
     assert sizes["autoencoder"] == sum(p.nbytes for p in model.vae.parameters())
+    encoders = [m for name, m in model.components.items() if name.startswith("text_encoder")]
+    assert len(encoders) == {"tiny-sd3": 3, "tiny-klein": 1, "tiny-sana": 1}.get(source, 2)
+    assert sizes["text encoders"] == sum(p.nbytes for m in encoders for p in m.parameters())
+    assert sizes["prompt embeddings"] == sum(rows.nbytes for rows in model.encode(["a", "b"], images).values())
+    cached = sum(t.nbytes for t in next(iter(model.cache.rows.values())).values())
+    assert sizes["host: prompt cache"] == 512 * cached
+
+
+def test_sd3_without_t5_has_two_encoders(tmp_path):
+    source = str(tmp_path)
+    pipeline = tiny.sd3_pipeline()
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(source)
+    model = models.load(source, "cpu", torch.float32)
+    sizes = memory.estimate(source, torch.float32, **RUN)
     encoders = [*model.text_encoder.parameters(), *model.text_encoder_2.parameters()]
     assert sizes["text encoders"] == sum(p.nbytes for p in encoders)
+    # The stock pipeline's 256 zeros in place of T5's 12 tokens.
     assert sizes["prompt embeddings"] == sum(rows.nbytes for rows in model.encode(["a", "b"]).values())
+
+
+def test_sana_encodes_its_instruction(tmp_path):
+    short, long = str(tmp_path / "short"), str(tmp_path / "long")
+    pipeline = tiny.sana_pipeline()
+    pipeline.save_pretrained(short)
+    pipeline.tokenizer.model_max_length = 4096
+    pipeline.save_pretrained(long)
+    model = models.load(long, "cpu", torch.float32)
+    assert model.instruction_tokens > 300
+    short, long = (memory.estimate(source, torch.float32, **RUN) for source in (short, long))
+    rows = model.encode(["a", "b"]).values()
+    assert long["prompt embeddings"] == sum(row.nbytes for row in rows) > 20 * short["prompt embeddings"]
+    # Gemma's eager attention: its score of every two tokens, of 4 prompts and 4 heads, more than once.
+    length = model.text_tokens + model.instruction_tokens - 2
+    assert long["prompt encoding"] > 2 * 4 * 4 * 4 * length**2
 
 
 def shards(rank, ranks, store, folder, expected):
@@ -135,13 +213,9 @@ def test_shards_of_a_group_do_not_shrink_with_the_number_of_groups(small):
 # What autograd keeps
 
 
-class Nothing:
-    parts, text_encoder, text_encoder_2, vae = {}, torch.nn.Module(), torch.nn.Module(), torch.nn.Module()
-
-
 def test_bytes_alive_of_a_chain_of_operators():
     x = torch.empty(1000, device="meta", requires_grad=True)
-    with memory._Alive(Nothing) as alive:
+    with memory._Alive([]) as alive:
         y = x.exp()
         z = y.sin() + 1  # autograd keeps y for both; the sine is gone after the sum
         assert (alive.live, alive.peak) == (2 * 4000, 3 * 4000)
@@ -154,7 +228,7 @@ def test_bytes_alive_of_a_chain_of_operators():
 
 
 def test_attention_keeps_rows_and_no_matrix():
-    with memory._Alive(Nothing) as alive:
+    with memory._Alive([]) as alive:
         q, k, v = (torch.empty(2, 3, 500, 16, device="meta", requires_grad=True) for _ in range(3))
         before = alive.live
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -164,10 +238,9 @@ def test_attention_keeps_rows_and_no_matrix():
 
 def test_gradients_of_a_group_wait_for_their_reduction():
     layers = [torch.nn.Linear(100, 100, bias=False, device="meta") for _ in range(3)]
-    model = type("Model", (Nothing,), {"parts": dict(enumerate(layers))})
     peaks = []
     for groups in ([[layer.weight] for layer in layers], [[layer.weight for layer in layers]]):
-        with memory._Alive(model) as alive:
+        with memory._Alive(layers) as alive:
             memory._reduce_per_block(groups, 2)
             x = torch.empty(1, 100, device="meta")
             for layer in layers:
@@ -189,9 +262,10 @@ def test_flags_move_memory_to_where_they_say(small):
     def sizes(**flags):
         return memory.estimate(small, torch.bfloat16, **RUN, **flags)
 
+    one = sizes()
     plain = sizes(world_size=3, with_reference=True)
     parameters = plain["model, unsharded"] // 4
-    assert plain["reference copy"] >= 2 * parameters / 3 and sizes()["reference copy"] == 0
+    assert plain["reference copy"] >= 2 * parameters / 3 and one["reference copy"] == 0
 
     offloaded = sizes(world_size=3, with_reference=True, cpu_offload=True)
     moved = ("trained parameters", "optimizer state", "reference copy", "gradients")
@@ -199,21 +273,44 @@ def test_flags_move_memory_to_where_they_say(small):
     assert all(offloaded[name] == 0 for name in moved)
 
     encoders = sizes(offload_encoders=True)
-    assert encoders["host: text encoders"] == sizes()["text encoders"] > 0 == encoders["text encoders"]
+    assert encoders["host: text encoders"] == one["text encoders"] > 0 == encoders["text encoders"]
     # They visit the GPU to encode, and nowhere else.
-    assert encoders["peak: prompt encoding"] == sizes()["peak: prompt encoding"]
-    assert encoders["peak: update"] == sizes()["peak: update"] - encoders["host: text encoders"]
+    assert encoders["peak: prompt encoding"] == one["peak: prompt encoding"]
+    assert encoders["peak: update"] == one["peak: update"] - encoders["host: text encoders"]
 
     kept = sizes(world_size=3, keep_unsharded=True)
     assert kept["gathered parameters"] > 2 * parameters and kept["gradients"] == 4 * parameters
-    assert sizes(checkpoint_activations=True)["activations"] < 0.8 * sizes()["activations"]
-    assert sizes(lora_rank=4)["activations"] < sizes()["activations"]
+    assert sizes(checkpoint_activations=True)["activations"] < 0.8 * one["activations"]
+    assert sizes(lora_rank=4)["activations"] < one["activations"]
 
 
-def test_true_guidance_doubles_the_rows_of_a_forward(tmp_path):
-    tiny.flux_pipeline(num_heads=3).save_pretrained(tmp_path)
-    one, two = (memory.estimate(str(tmp_path), torch.float32, **RUN, guidance=g) for g in (1.0, 4.0))
-    assert 1.9 < two["activations"] / one["activations"] < 2.1
+@pytest.mark.parametrize("alias", TINY)
+def test_guidance_and_checkpointing_cost_and_save_in_every_model(alias):
+    # Many rows, beside which no gradient counts.
+    run = RUN | dict(tile_rows=64, num_samples=64, lora_rank=4)
+    one, two = (memory.estimate(alias, torch.float32, **run, guidance=g) for g in (1.0, 2.0))
+    if alias == "tiny-kontext":  # embedded
+        assert one == two
+    else:  # both halves in one batch
+        assert 1.9 < two["activations"] / one["activations"] < 2.1
+        assert 1.9 < two["rollout forward"] / one["rollout forward"] < 2.1
+        assert two["prompt embeddings"] == one["prompt embeddings"] and two["decoding"] == one["decoding"]
+    saved = memory.estimate(alias, torch.float32, **run, guidance=2.0, checkpoint_activations=True)
+    assert saved["activations"] < 0.8 * two["activations"]
+    assert saved["rollout forward"] == two["rollout forward"]
+
+
+def test_reference_pictures_are_tokens_in_every_forward():
+    run = RUN | dict(tile_rows=32, num_samples=32, resolution=64)  # 64 tokens of klein's, 24 of text
+    without, pictures = (memory.estimate("tiny-klein", torch.float32, **run, reference_image=r) for r in (False, True))
+    longer = (2 * 64 + 24) / (64 + 24)
+    for name in ("rollout forward", "activations"):
+        # All that belongs to pictures doubles, what belongs to the text stays; the single blocks have one stream.
+        assert 0.95 * longer < pictures[name] / without[name] < 2
+    assert pictures["prompt embeddings"] == without["prompt embeddings"] + 2 * 4 * 32 * 8 * 8
+    assert pictures["host: prompt cache"] == without["host: prompt cache"]
+    # The autoencoder sees the pictures of 32 prompts, at its first layer 16 channels of every pixel.
+    assert pictures["prompt encoding"] > 32 * 16 * 4 * 64 * 64 > without["prompt encoding"]
 
 
 def test_table_adds_up_and_names_flags(small):
@@ -236,18 +333,44 @@ def test_errors_say_what_is_wrong(source, resolution, message):
         memory.estimate(source, torch.bfloat16, **RUN | dict(resolution=resolution))
 
 
+@pytest.mark.parametrize("alias", ["tiny-flux", "tiny-sd3", "tiny-sana"])
+def test_a_picture_for_a_model_that_takes_none_is_refused(alias):
+    with pytest.raises(ValueError, match="takes no image"):
+        memory.estimate(alias, torch.float32, **RUN, reference_image=True)
+
+
 def test_another_pipeline_is_refused(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
-    with pytest.raises(ValueError, match="SanaPipeline is not supported"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LuminaPipeline"}')
+    with pytest.raises(ValueError, match="LuminaPipeline is not supported"):
         memory.estimate(str(tmp_path), torch.float32, **RUN)
+
+
+def test_a_folder_without_its_configs_is_refused(tmp_path):
+    shutil.copytree(models.folder_or_id("tiny-sana"), tmp_path / "sana")
+    (tmp_path / "sana" / "vae" / "config.json").unlink()
+    with pytest.raises(RuntimeError, match="is incomplete"):
+        memory.estimate(str(tmp_path / "sana"), torch.float32, **RUN)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole: resident memory of a run
 
-MIDDLE = dict(num_heads=6, head_dim=64, text_dim=128)  # 10 M parameters
-MEASURED = dict(num_prompts=2, group_size=8, micro_batch_size=16, resolution=64, num_steps=3, lora_rank=0)
-CHECKPOINTED = MEASURED | dict(lora_rank=8, checkpoint_activations=True)
+EDITS = dict(prompts="shapes-edit", eval_prompts="shapes-edit")
+# name -> (what builds the pipeline, its dimensions, flags); 5 to 10 M parameters each
+MEASURED = {
+    "flux": (
+        *(tiny.flux_pipeline, dict(num_heads=6, head_dim=64, text_dim=128)),
+        dict(num_prompts=2, group_size=8, num_steps=2, lora_rank=8, checkpoint_activations=True),
+    ),
+    "sd3": (
+        *(tiny.sd3_pipeline, dict(num_heads=4, head_dim=64, text_dim=128)),
+        dict(num_prompts=1, group_size=4, num_steps=3, lora_rank=0, guidance=2.0),
+    ),
+    "klein": (
+        *(tiny.klein_pipeline, dict(num_heads=4, head_dim=64, text_dim=64)),
+        dict(num_prompts=1, group_size=8, num_steps=2, lora_rank=8) | EDITS,
+    ),
+}
 
 
 def resident(field):
@@ -255,8 +378,8 @@ def resident(field):
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
 
 
-def one_iteration(results, source, folder, flags):
-    """Peak of the resident memory of a run, in bytes above what the process held before."""
+def one_iteration_each(results, folder):
+    """Peak of the resident memory of a run of every model in `folder`, in bytes above what the process held before."""
     import flow_grpo
 
     # glibc then returns what is freed at once, so that what is resident is what is alive.
@@ -267,43 +390,44 @@ def one_iteration(results, source, folder, flags):
     common = dict(reward=("jpeg",), num_iterations=1, eval_num_steps=1, eval_size=1, cache_prompts=4)
     common |= dict(window_size=0, window_range=(0, 0), keep_unsharded=False, shared_noise=False)
     # A run of a tiny model first, for every import, thread and buffer that does not belong to the model.
-    warm = os.path.join(folder, "tiny")
-    tiny.flux_pipeline().save_pretrained(warm)
-    few = dict(num_prompts=1, group_size=2, micro_batch_size=2, num_steps=2, resolution=32)
-    flow_grpo.main(flow_grpo.Args(model=warm, out=os.path.join(folder, "0"), **common | flags | few))
-    gc.collect()
-    with open("/proc/self/clear_refs", "w") as clear:
-        clear.write("5")  # VmHWM starts again
-    before = resident("VmRSS")
-    flow_grpo.main(flow_grpo.Args(model=source, out=os.path.join(folder, "1"), **common | flags))
-    results.put((flags["lora_rank"], resident("VmHWM") - before))
+    few = dict(num_prompts=1, group_size=2, micro_batch_size=2, num_steps=2, resolution=32) | EDITS
+    flow_grpo.main(flow_grpo.Args(model="tiny-klein", out=os.path.join(folder, "tiny"), **common | few))
+    for name, (_, _, flags) in MEASURED.items():
+        gc.collect()
+        with open("/proc/self/clear_refs", "w") as clear:
+            clear.write("5")  # VmHWM starts again
+        before = resident("VmRSS")
+        source = os.path.join(folder, name)
+        flags = flags | dict(micro_batch_size=flags["num_prompts"] * flags["group_size"], resolution=64)
+        flow_grpo.main(flow_grpo.Args(model=source, out=f"{source} run", **common | flags))
+        results.put((name, resident("VmHWM") - before))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory can be reset on Linux only")
 def test_predicted_peak_is_within_a_quarter_of_a_measured_run(tmp_path):
-    source = str(tmp_path / "model")
-    tiny.flux_pipeline(**MIDDLE).save_pretrained(source)
-    runs = {flags["lora_rank"]: flags for flags in (MEASURED, CHECKPOINTED)}
     results = processes.Queue()
-    for rank, flags in runs.items():
-        folder = tmp_path / str(rank)
-        folder.mkdir()
-        processes.Process(target=one_iteration, args=(results, source, str(folder), flags), daemon=True).start()
-    for rank, measured in [results.get(timeout=120) for _ in runs]:
-        flags = runs[rank]
+    for name, (build, dimensions, _) in MEASURED.items():
+        build(**dimensions).save_pretrained(tmp_path / name)
+    processes.Process(target=one_iteration_each, args=(results, str(tmp_path)), daemon=True).start()
+    for name, measured in [results.get(timeout=120) for _ in MEASURED]:
+        flags = MEASURED[name][2]
+        num_samples = flags["num_prompts"] * flags["group_size"]
         predicted = memory.estimate(
-            source,
+            str(tmp_path / name),
             torch.float32,
-            tile_rows=flags["micro_batch_size"],
-            resolution=flags["resolution"],
-            num_samples=flags["num_prompts"] * flags["group_size"],
+            tile_rows=num_samples,
+            resolution=64,
+            num_samples=num_samples,
             num_prompts=flags["num_prompts"],
             num_states=flags["num_steps"],
-            lora_rank=rank,
+            guidance=flags.get("guidance", 1.0),
+            lora_rank=flags["lora_rank"],
             ema=True,
             checkpoint_activations=flags.get("checkpoint_activations", False),
+            reference_image="prompts" in flags,
             device_type="cpu",
-        )["peak"]
-        print(f"lora_rank {rank}: measured {measured / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB")
-        assert 0.75 < measured / predicted < 1.25
+        )
+        peak = predicted["peak"]
+        print(f"{name}: measured {measured / 2**20:.0f} MiB, predicted {peak / 2**20:.0f} MiB")
+        assert 0.75 < measured / peak < 1.25
         assert measured > 100 * 2**20  # tensors, not noise

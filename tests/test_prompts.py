@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data import make_prompts
-from data.prompts import load, order
+from data.prompts import images, load, order
 
 DATA = make_prompts.FOLDER
 FILES = ["scenes.txt", "ocr.txt", "geneval_train.jsonl", "edits.jsonl"]
@@ -114,13 +114,14 @@ def test_jsonl_metadata_and_image(tmp_path):
         {"prompt": "make it blue", "image": "pictures/a.png", "caption": "red"},
         {"prompt": "broken", "image": "b.png"},
     ]
-    prompts = load(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines))), "all")
+    prompts = load(write(tmp_path, "a.jsonl", json.dumps(lines[0])), "all")
     assert prompts[0] == {"prompt": "a dog", "metadata": {k: lines[0][k] for k in ("tag", "include")}, "image": None}
-    assert prompts[1]["metadata"] == {"caption": "red"}
-    assert prompts[1]["image"].mode == "RGB" and prompts[1]["image"].size == (3, 2)
-    assert prompts[1]["image"].getpixel((2, 1)) == (255, 0, 0)
-    with pytest.raises(ValueError, match="a.jsonl.*expected an image that PIL can read"):  # decoded on access only
-        prompts[2]
+    prompts = load(write(tmp_path, "b.jsonl", "\n".join(map(json.dumps, lines[1:]))), "all")
+    assert prompts[0]["metadata"] == {"caption": "red"}
+    assert prompts[0]["image"].mode == "RGB" and prompts[0]["image"].size == (3, 2)
+    assert prompts[0]["image"].getpixel((2, 1)) == (255, 0, 0)
+    with pytest.raises(ValueError, match="b.jsonl.*expected an image that PIL can read"):  # decoded on access only
+        prompts[1]
 
 
 def test_random_access_equals_sequential(tmp_path):
@@ -255,6 +256,80 @@ def test_shapes_takes_tags():
     assert set(texts_of(load("shapes", "train", eval_source=source))).isdisjoint(held_out)
     with pytest.raises(ValueError, match="shapes#counting,colours: expected tags out of .*color_attr.* got 'colours'"):
         load("shapes#counting,colours")
+
+
+def test_shapes_edit_is_a_fixed_set_with_pictures():
+    shapes, SCORE = pytest.importorskip("data.shapes"), pytest.importorskip("rewards.shapes").load()
+    train, held_out = load("shapes-edit"), load("shapes-edit", "eval")
+    assert (len(train), len(held_out), len(load("shapes-edit", "all"))) == (4096, 512, 4608)
+    assert not set(texts_of(train)) & set(texts_of(held_out))
+    sources, targets, metadata = shapes.edits(0, 0, 512, shapes.held_out_edits())
+    rows = [held_out[i] for i in range(512)]
+    for row, source, m in zip(rows, sources, metadata):
+        assert row["image"].mode == "RGB" and np.array_equal(np.asarray(row["image"]), source)
+        assert {"prompt": row["prompt"], **row["metadata"]} == m
+    assert SCORE.strict({"image": list(targets)}, None, [row["metadata"] for row in rows]).all()
+    assert train[3]["prompt"] == load("shapes-edit", "all")[3]["prompt"]
+    rows[0]["image"].paste((0, 0, 0), (0, 0, 32, 32))  # the caller's own
+    assert np.array_equal(np.asarray(held_out[0]["image"]), sources[0])
+
+    some = load("shapes-edit#recolor,add", "eval")
+    assert {some[i]["metadata"]["tag"] for i in range(len(some))} == {"recolor", "add"} and len(some) > 150
+    assert len(load("shapes-edit", "train", eval_source="shapes-edit#add")) == 4096
+    with pytest.raises(ValueError, match="shapes-edit#counting: expected tags out of recolor, .*, got 'counting'"):
+        load("shapes-edit#counting")
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def row_of(pixels, prompt="p"):
+    return {"prompt": prompt, "metadata": {}, "image": Image.fromarray(np.asarray(pixels, np.uint8))}
+
+
+def test_images_of_the_right_size_are_copied_exactly():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), np.uint8)
+    out = images([row_of(p) for p in pixels], 5, 7)
+    assert out.shape == (3, 3, 5, 7) and out.dtype.is_floating_point
+    assert np.array_equal(out.numpy(), pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+
+
+def test_images_are_cut_around_the_centre():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 10, 3), np.uint8)
+    assert np.array_equal(images([row_of(pixels)], 4, 4)[0].numpy() * 255, pixels[:, 3:7].transpose(2, 0, 1))
+    tall = pixels.transpose(1, 0, 2)
+    assert np.array_equal(images([row_of(tall)], 4, 4)[0].numpy() * 255, tall[3:7].transpose(2, 0, 1))
+    # Cut and resized: two halves of one colour each, the cut-away thirds of another.
+    halves = np.zeros((40, 120, 3))
+    halves[:, 40:60], halves[:, 60:80], halves[:, 80:] = 50, 200, 255
+    out = images([row_of(halves)], 20, 20)[0] * 255
+    assert (out[:, :, 3:7] == 50).all() and (out[:, :, 13:17] == 200).all()
+    # Lanczos reaches over 3 pixels, also over the cut, where the picture goes on; none of it is cut away or shown.
+    assert abs(out[:, :, :3] - 50).max() < 5 and abs(out[:, :, 17:] - 200).max() < 5
+
+
+def test_images_are_antialiased():
+    """A checkerboard of single pixels, scaled down by 4, is grey; without antialiasing it is black or white."""
+    board = (np.indices((64, 64)).sum(0) % 2 * 255)[..., None].repeat(3, -1)
+    assert abs(images([row_of(board)], 16, 16) - 0.5).max() < 0.05
+    ramp = np.linspace(0, 255, 64)[None, :, None].repeat(64, 0).repeat(3, -1)
+    for size in (16, 128):
+        out = images([row_of(ramp)], size, size)[0, 0, 0].numpy()
+        exact = np.interp((np.arange(size) + 0.5) * 64 / size - 0.5, np.arange(64), ramp[0, :, 0]) / 255
+        assert abs(out - exact)[size // 8 : -size // 8].max() < 0.01  # Lanczos keeps a straight line, borders apart
+
+
+def test_images_of_rows_of_any_size_and_mode_are_rgb():
+    grey = {"prompt": "", "metadata": {}, "image": Image.new("L", (9, 30), 51)}
+    out = images([grey, row_of(np.full((50, 20, 3), 102))], 8, 24)
+    assert out.shape == (2, 3, 8, 24) and abs(out[0] - 0.2).max() < 1e-6 and abs(out[1] - 0.4).max() < 1e-6
+
+
+def test_images_for_all_rows_or_none():
+    nothing = {"prompt": "a dog", "metadata": {}, "image": None}
+    assert images([nothing, nothing], 8, 8) is None and images([], 8, 8) is None
+    with pytest.raises(ValueError, match=r"^prompt 'a dog' \(row 1 of 3\) has no image and others have one: expected"):
+        images([row_of(np.zeros((8, 8, 3))), nothing, nothing], 8, 8)
 
 
 # --------------------------------------------------------------------------------------------------------------- order
@@ -405,3 +480,12 @@ def test_edits_fit_their_pictures():
         with Image.open(path) as image:
             assert image.size == (512, 512) and path.stat().st_size < 12_000
     assert prompts[0]["image"].mode == "RGB" and prompts[0]["image"].size == (512, 512)
+
+
+def test_images_in_some_lines_only_are_an_error(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    lines = ['{"prompt": "one", "image": "a.png"}', '{"prompt": "two"}']
+    for mixed, message in ((lines, r"jsonl:2: has no image"), (lines[::-1], r"jsonl:2: is the first with an image")):
+        (tmp_path / "mixed.jsonl").write_text("\n".join(mixed))
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "mixed.jsonl")

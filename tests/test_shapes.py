@@ -391,3 +391,93 @@ def test_score_of_metadata_it_cannot_judge_says_what_it_expects(drawn):
         SCORE({"image": image}, ["p"], None)
     with pytest.raises(ValueError, match="uint8 images"):
         SCORE({"image": [image[0] / 255.0]}, ["p"], drawn[1][:1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Edits
+
+
+@pytest.fixture(scope="module")
+def edited():
+    return world.edits(7, 0, 800, world.all_edits())
+
+
+def test_edit_is_strictly_right_on_the_target_and_wrong_on_the_source(edited):
+    sources, targets, metadata = edited
+    assert sources.dtype == targets.dtype == np.uint8 and sources.shape == targets.shape == (800, 32, 32, 3)
+    (right_soft, right_strict), (wrong_soft, wrong_strict) = both(targets, metadata), both(sources, metadata)
+    print(f"least soft of targets {right_soft.min():.3f}, largest of sources {wrong_soft.max():.3f}")
+    assert right_strict.all() and not wrong_strict.any() and right_soft.min() > wrong_soft.max() + 0.15
+    as_source = [{"include": m["source"], "prompt": m["prompt"]} for m in metadata]
+    assert both(sources, as_source)[1].all() and not both(targets, as_source)[1].any()
+    for tag in world.EDIT_TAGS:
+        assert sum(m["tag"] == tag for m in metadata) > 100
+
+
+def test_edit_changes_only_what_the_instruction_names(edited):
+    """The objects that lie in both pictures are those that the two lists share, at the same pixels."""
+    for source, target, m in zip(*edited):
+        before, after = ({(i["color"], i["class"]) for i in m[key]} for key in ("source", "include"))
+        assert len(before) == len(m["source"]) and len(after) == len(m["include"])
+        same = (source == target).all(-1)
+        kept = [o for o in reward.analyse(source) if (o["color"], o["class"]) in after]
+        assert {(o["color"], o["class"]) for o in kept} == before & after
+        for o in kept:
+            x0, y0, x1, y1 = map(int, o["box"])
+            assert same[y0:y1, x0:x1].all()
+        gone, new = (" ".join(*things) if things else None for things in (before - after, after - before))
+        color, name = (new or "").split(" ") if new else (None, None)
+        expected = {
+            "recolor": f"make the {gone} {color}",
+            "reshape": f"turn the {gone} into a {name}",
+            "remove": f"remove the {gone}",
+            "add": f"add a {new}",
+        }
+        assert m["prompt"] == expected[m["tag"]]
+        if m["tag"] in ("recolor", "reshape"):  # one property changes, the other stays
+            a, b = (things.pop() for things in (before - after, after - before))
+            assert [x == y for x, y in zip(a, b)] == ([False, True] if m["tag"] == "recolor" else [True, False])
+
+
+def test_edit_metadata_tells_the_places_of_what_stays(edited):
+    """Where two objects are in both pictures, a target drawn at other places is mostly no right answer."""
+    metadata = [m for m in edited[2] if len(m["source"]) > 1 and len(m["include"]) > 1]
+    told = [m for m in metadata if any("position" in i for i in m["include"])]
+    assert len(told) > 0.7 * len(metadata)
+    anew = [{**m, "include": [{k: v for k, v in i.items() if k != "position"} for i in m["include"]]} for m in told]
+    images = np.stack([world.draw(m, np.random.default_rng(k)) for k, m in enumerate(anew)])
+    assert both(images, anew)[1].all() and both(images, told)[1].mean() < 0.4
+
+
+def test_edits_are_a_function_of_seed_and_index():
+    whole, part = world.edits(5, 0, 12), world.edits(5, 7, 5)
+    for a, b in zip(whole, part):
+        assert np.array_equal(a[7:], b)
+    assert (world.edits(6, 0, 12)[0] != whole[0]).any()
+    larger = world.edits(5, 0, 12, size=64)
+    assert larger[2] == whole[2] and both(larger[1], larger[2])[1].all()
+    assert {m["prompt"] for m in whole[2]} <= {e["prompt"] for e in world.train_edits()}
+    whole[2][0]["source"][0]["color"] = "pink"  # metadata is the caller's own
+    assert "pink" not in repr(world.edits(5, 0, 12)[2])
+
+
+def test_edits_split_scenes_and_instructions():
+    every, train, held_out = world.all_edits(), world.train_edits(), world.held_out_edits()
+    assert len({(repr(e["source"]), e["prompt"]) for e in every}) == len(every) == 22770
+    assert 0.6 < len(train) / len(every) < 0.68 and 0.03 < len(held_out) / len(every) < 0.05
+    for key in ("source", "prompt"):
+        assert not {repr(e[key]) for e in train} & {repr(e[key]) for e in held_out}
+    for tag in world.EDIT_TAGS:
+        texts = [{e["prompt"] for e in edits if e["tag"] == tag} for edits in (every, train, held_out)]
+        assert texts[0] == texts[1] | texts[2] and 0.15 < len(texts[2]) / len(texts[0]) < 0.25
+    # By value: a change of the split would let runs train on what older runs held out.
+    assert {e["prompt"] for e in held_out if e["tag"] in ("add", "remove")} == {
+        "add a blue circle",
+        "add a green square",
+        "add a purple square",
+        "add a yellow square",
+        "remove the black square",
+        "remove the black triangle",
+        "remove the purple circle",
+        "remove the yellow triangle",
+    }
