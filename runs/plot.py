@@ -1,8 +1,12 @@
-"""Collects the runs of runs/flow_grpo.sh: numbers to runs/results/flow_grpo.json, curve and picture strip to assets/.
+"""Collects the runs of runs/<algorithm>.sh: numbers to runs/results/<algorithm>.json, and the figure of all algorithms
+whose numbers are there to assets/learning_curves.png.
+
+    python -m runs.plot dance_grpo
 
 Minutes are minutes of training (rollout, reward, update; for the control its updates), without evaluation and start-up.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -19,7 +23,9 @@ from data import shapes
 from kernels.sde_step import fold_seed
 from models import run_folder
 
-RUNS = {"flow_grpo": (1, 2, 3), "control": (1,)}  # seeds
+SEEDS = (1, 2, 3)
+COLORS = {"flow_grpo": "#c2410c", "dance_grpo": "#1d4ed8", "control": "#64748b"}
+LABELS = {"flow_grpo": "flow_grpo.py", "dance_grpo": "dance_grpo.py", "control": "further pretraining"}
 TAGS = (
     "colors",
     "counting",
@@ -90,42 +96,64 @@ def strip(path, before, after):
     sheet.save(path)
 
 
-def main():
-    curves = {kind: [history(f"outputs/{kind}-seed{seed}") for seed in seeds] for kind, seeds in RUNS.items()}
-    minutes = max(points[-1][0] for points in curves["flow_grpo"])
-    for points in curves["control"]:
-        if points[-1][0] < minutes:
-            raise SystemExit(f"the control ran {points[-1][0]:.1f} of {minutes:.1f} minutes: more iterations")
-        # up to the first evaluation after those minutes: the control is never the shorter one
-        del points[1 + next(n for n, (minute, _) in enumerate(points) if minute >= minutes) :]
+def collect(algorithm):
+    """Numbers of the default runs of one algorithm; flow_grpo's script also runs the control."""
+    runs = {algorithm: [history(f"outputs/{algorithm}-seed{seed}") for seed in SEEDS]}
+    if algorithm == "flow_grpo":
+        runs["control"] = [history("outputs/control-seed1")]
+        minutes = max(points[-1][0] for points in runs[algorithm])
+        for points in runs["control"]:
+            if points[-1][0] < minutes:
+                raise SystemExit(f"the control ran {points[-1][0]:.1f} of {minutes:.1f} minutes: more iterations")
+            # up to the first evaluation after those minutes: the control is never the shorter one
+            del points[1 + next(n for n, (minute, _) in enumerate(points) if minute >= minutes) :]
     result = {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
-    for kind, runs in curves.items():
-        start, end = [points[0][1] for points in runs], [points[-1][1] for points in runs]
+    for kind, curves in runs.items():
+        start, end = [points[0][1] for points in curves], [points[-1][1] for points in curves]
         gain = [b - a for a, b in zip(start, end)]
         result[kind] = dict(
-            start=start, end=end, gain=gain, mean_gain=sum(gain) / len(gain), minutes=[p[-1][0] for p in runs]
+            start=start, end=end, gain=gain, mean_gain=sum(gain) / len(gain), minutes=[p[-1][0] for p in curves]
         )
-    after = [by_tag(f"outputs/flow_grpo-seed{seed}/model") for seed in RUNS["flow_grpo"]]
+    after = [by_tag(f"outputs/{algorithm}-seed{seed}/model") for seed in SEEDS]
     result["strict_by_tag"] = {
         "before": by_tag("assets/tiny-flux"),
         "after": {tag: sum(tags[tag] for tags in after) / len(after) for tag in shapes.TAGS},
     }
-    with open("runs/results/flow_grpo.json", "w") as f:
-        json.dump(result | {"curves": curves}, f, indent=1)
+    return result | {"curves": runs}
 
+
+def figure(path):
+    """Curves of all seeds of every algorithm in runs/results/."""
+    curves = {}
+    for algorithm in ("flow_grpo", "dance_grpo"):
+        if os.path.exists(f"runs/results/{algorithm}.json"):
+            with open(f"runs/results/{algorithm}.json") as f:
+                curves |= json.load(f)["curves"]
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for kind, color, label in (("flow_grpo", "#c2410c", "flow_grpo.py"), ("control", "#64748b", "further pretraining")):
-        for s, points in enumerate(curves[kind]):
-            axes.plot(*zip(*points), color=color, linewidth=1.3, marker="o", markersize=3, label=None if s else label)
+    for kind, runs in curves.items():
+        for s, points in enumerate(runs):
+            label = None if s else LABELS[kind]
+            axes.plot(*zip(*points), color=COLORS[kind], linewidth=1.3, marker="o", markersize=3, label=label)
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("strict accuracy, held-out prompts")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig("assets/flow_grpo.png", dpi=130)
-    strip("assets/before_after.png", "assets/tiny-flux", "outputs/flow_grpo-seed1/model")
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("algorithm", choices=["flow_grpo", "dance_grpo"])
+    algorithm = parser.parse_args().algorithm
+    result = collect(algorithm)
+    with open(f"runs/results/{algorithm}.json", "w") as f:
+        json.dump(result, f, indent=1)
+    figure("assets/learning_curves.png")
+    if algorithm == "flow_grpo":
+        strip("assets/before_after.png", "assets/tiny-flux", "outputs/flow_grpo-seed1/model")
     print(json.dumps(result, indent=1))
 
 
