@@ -384,19 +384,31 @@ def test_kernels_pass_in_the_triton_interpreter():
 
 
 @pytest.mark.gpu
-def test_cuda_equals_cpu_without_host_syncs():
-    inputs = make_inputs((7, 4099), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("D", [4099, 65_536])  # rows that are not aligned, and rows that are
+def test_gpu_equals_cpu_without_host_syncs(D, dtype):
+    inputs = make_inputs((7, D), dtype)
     v, x, v_ref, a, b, c, seed = (t.cuda() for t in inputs)
     v.requires_grad_()
+    sde_logp(v, x, sde_step(v, x, a, b, c, seed)[0], a, b, c, v_ref)[0].sum().backward()  # compiles, which syncs
+    v.grad = None
     torch.cuda.set_sync_debug_mode("error")
     try:
         x_next, logp = sde_step(v, x, a, b, c, fold_seed(0, torch.arange(7, device="cuda")))
         replay, v_mse = sde_logp(v, x, x_next, a, b, c, v_ref)
         (replay + v_mse).sum().backward()
         alone = sde_step(v[3:4], x[3:4], a[3:4], b[3:4], c[3:4], seed[3:4])
+        noise = sde_step(v, x, 0 * a, 0 * b, 0 * c + 1, seed)[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(replay, logp)
     assert torch.equal(alone[0], x_next[3:4]) and torch.equal(alone[1], logp[3:4])
+    assert (noise.cpu() - philox_normal(inputs[-1], (D,))).abs().max() < 4e-6  # its sqrt, log and cos are approximate
     cpu_next, cpu_logp = sde_step(inputs[0], inputs[1], *inputs[3:])
     assert (x_next.cpu() - cpu_next).abs().max() < 1e-5 and (logp.cpu() - cpu_logp).abs().max() < 1e-5
+    v_cpu = inputs[0].requires_grad_()
+    cpu_replay, cpu_mse = sde_logp(v_cpu, inputs[1], x_next.cpu(), *inputs[3:6], inputs[2])
+    (cpu_replay + cpu_mse).sum().backward()
+    assert (v.grad.cpu().float() - v_cpu.grad.float()).norm() <= (
+        1e-2 if dtype != torch.float32 else 1e-5
+    ) * v_cpu.grad.norm()
