@@ -193,20 +193,22 @@ def grid(path, images, captions, columns=8, cell=128):
     """Write a grid of pictures, each with its caption below it.
 
     images: list of uint8 arrays [H, W, 3]; small ones are enlarged without smoothing, large ones shrunk to `cell`
-    pixels.
+    pixels of height (of width, where all are upright). Wide ones, like a picture before and after an edit, stand in
+    fewer columns.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=10)
-    columns = min(columns, len(images))
-    wrapped = [wrap(caption, font, cell)[:4] for caption in captions]
+    aspect = max(1.0, *(image.shape[1] / image.shape[0] for image in images))
+    columns, width = min(max(1, round(columns / aspect)), len(images)), round(cell * aspect)
+    wrapped = [wrap(caption, font, width)[:4] for caption in captions]
     height = cell + 12 * max(map(len, wrapped)) + 10
-    sheet = Image.new("RGB", (columns * (cell + 6) + 6, math.ceil(len(images) / columns) * height + 6), "white")
+    sheet = Image.new("RGB", (columns * (width + 6) + 6, math.ceil(len(images) / columns) * height + 6), "white")
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        x, y = 6 + i % columns * (cell + 6), 6 + i // columns * height
+        x, y = 6 + i % columns * (width + 6), 6 + i // columns * height
         picture = Image.fromarray(image)
-        scale = cell / max(picture.size)
+        scale = min(width / picture.width, cell / picture.height)
         size = (round(picture.width * scale), round(picture.height * scale))
         sheet.paste(picture.resize(size, Image.NEAREST if scale > 1 else Image.LANCZOS), (x, y))
         draw.rectangle((x - 1, y - 1, x + size[0], y + size[1]), outline="#cccccc")
