@@ -151,9 +151,12 @@ def test_sana_encodes_its_instruction(tmp_path):
     short, long = (memory.estimate(source, torch.float32, **RUN) for source in (short, long))
     rows = model.encode(["a", "b"]).values()
     assert long["prompt embeddings"] == sum(row.nbytes for row in rows) > 20 * short["prompt embeddings"]
-    # Gemma's eager attention: its score of every two tokens, of 4 prompts and 4 heads, more than once.
+    # Gemma's attention is eager from some version of transformers on: its score of every two tokens, of 4 prompts and 4
+    # heads, more than once.
     length = model.text_tokens + model.instruction_tokens - 2
-    assert long["prompt encoding"] > 2 * 4 * 4 * 4 * length**2
+    if model.text_encoder.config._attn_implementation == "eager":
+        assert long["prompt encoding"] > 2 * 4 * 4 * 4 * length**2
+    assert long["prompt encoding"] > 3 * short["prompt encoding"]
 
 
 def shards(rank, ranks, store, folder, expected):
