@@ -1,5 +1,5 @@
-"""Prompts, with optional metadata and images, from a text file, JSON lines, parquet, the Hugging Face hub, or the
-shapes world: `shapes` to draw, `shapes-edit` to edit.
+"""Prompts, with optional metadata and images, from a text file, JSON lines, parquet, the Hugging Face hub, or a world
+of our own: `shapes` to draw, `shapes-edit` to edit, `arithmetic` to solve.
 
     train = load("data/ocr.txt")                       # 90 % of the file
     test = load("data/ocr.txt", split="eval")          # the other 10 %: no prompt text is on both sides
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 KNOWN = (
     ".txt (one prompt a line), .jsonl (GenEval format), .parquet, hub:owner/name#column, shapes, shapes-edit, "
-    "shapes#tag,tag"
+    "shapes#tag,tag, arithmetic"
 )
 NUM_EDITS = 4096, 512  # of shapes-edit: to train on, held out
 
@@ -64,18 +64,18 @@ def load(source, split="train", held_out=0.1, eval_source=None):
         raise ValueError(f"expected held_out between 0 and 1, got {held_out}")
     if split == "eval" and eval_source is not None:
         # A file given for evaluation is all of it for evaluation; the shapes world knows its own held-out part.
-        return load(eval_source, split="eval" if _is_shapes(eval_source) else "all")
+        return load(eval_source, split="eval" if _brings_split(eval_source) else "all")
     rows, keys, read = _scan(source)
     if split == "all":
         return PromptSet(rows, read)
     if eval_source is not None:
         eval_rows, eval_keys, _ = _scan(eval_source)
-        keep = ~np.isin(keys, eval_keys[eval_rows < 0] if _is_shapes(eval_source) else eval_keys)
-        if _is_shapes(source):
+        keep = ~np.isin(keys, eval_keys[eval_rows < 0] if _brings_split(eval_source) else eval_keys)
+        if _brings_split(source):
             keep &= rows >= 0  # what the world holds out is never trained on, whichever part of it is evaluated
         why = f"all of its prompts are also in {eval_source}"
     else:
-        is_eval = rows < 0 if _is_shapes(source) else keys < held_out * 2.0**64
+        is_eval = rows < 0 if _brings_split(source) else keys < held_out * 2.0**64
         keep = is_eval if split == "eval" else ~is_eval
         why = f"held_out={held_out} of its {len(rows):,} prompts leaves none for it"
     if not keep.any():
@@ -151,7 +151,9 @@ def _epoch(size, seed, epoch):
 
 def _scan(source):
     source = str(source)
-    if _is_shapes(source):
+    if source == "arithmetic":
+        return _scan_arithmetic()
+    if _brings_split(source):
         return _scan_shapes(source)
     if source.startswith("hub:"):
         files, column = _download(source)
@@ -317,8 +319,21 @@ def _download(source):
     )
 
 
-def _is_shapes(source):
-    return str(source).split("#")[0] in ("shapes", "shapes-edit")
+def _brings_split(source):
+    return str(source) == "arithmetic" or str(source).split("#")[0] in ("shapes", "shapes-edit")
+
+
+def _scan_arithmetic():
+    from data import arithmetic
+
+    items = arithmetic.train_problems() + arithmetic.held_out_problems()
+
+    def read(row):
+        return items[row]["prompt"], dict(items[row]["metadata"]), None, "arithmetic"
+
+    rows = np.arange(len(items), dtype=np.int64)
+    rows[-arithmetic.NUM_HELD_OUT :] -= len(items)  # negative rows are the held-out ones, as in _scan_shapes
+    return rows, np.array([_key(item["prompt"]) for item in items], dtype=np.uint64), read
 
 
 def _scan_shapes(source):

@@ -4,10 +4,12 @@ tokenizers, saved in the real folder layout, so that `--model tiny-flux` runs th
 
     python -m models.tiny tiny-flux --out outputs/tiny-flux-start      # tokenizers, encoders, trained autoencoder,
     untrained transformer
+    python -m models.tiny tiny-qwen --out outputs/tiny-qwen            # tokenizer, language model, results.json
 
 The text encoders stay at their random start (a random transformer is a fine feature map for twenty words). The
 autoencoder is trained here, for minutes, on pictures of the shapes world; the transformer is left to pretrain.py
-(runs/tiny_flux.sh).
+(runs/tiny_flux.sh). The language model is trained here in less than a minute, to add two-digit numbers right about half
+of the time: a start that reinforcement learning can improve (runs/tiny_qwen.sh).
 """
 
 import argparse
@@ -20,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import shapes
+from data import arithmetic, shapes
 
 TEXT_TOKENS = 12  # the longest shapes prompt is 8 words; T5's </s> and padding fill the rest
 QWEN_TOKENS = 24  # the chat template takes 12, the longest shapes prompt 9
+CHARACTERS = "0123456789+-*/=%^()<>.,:? \n"  # what tiny-qwen can read and write
+ANSWER_TOKENS = 4  # of a sum of two-digit numbers: three digits and the end token
 
 
 def clip_tokenizer(texts):
@@ -321,6 +325,61 @@ def qwen_tokenizer(texts):
     )
 
 
+def arithmetic_tokenizer():
+    """The Qwen2Tokenizer of tiny-qwen: one token for each of `CHARACTERS`, <|endoftext|> (end) and <|pad|>, 29 in all.
+
+    The chat template is the plain text: a user's message stands as it is, an assistant's is followed by <|endoftext|>,
+    and system messages are left out. Characters outside of `CHARACTERS`, such as letters, are dropped by `encode`
+    without a message, as byte-pair encoding without bytes does.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2TokenizerFast
+
+    template = (
+        "{% for message in messages if message.role != 'system' %}{{ message.content }}"
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # the space is stored as \u0120
+    pieces = ["<|endoftext|>", "<|pad|>", *(to_bytes.pre_tokenize_str(c)[0][0] for c in CHARACTERS)]
+    return Qwen2TokenizerFast(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=[],
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        padding_side="left",
+        chat_template=template,
+        model_max_length=128,
+    )
+
+
+def qwen_lm(seed=0, width=128, num_layers=3, num_heads=4, num_kv_heads=4, ff_dim=512):
+    """A randomly initialised Qwen2ForCausalLM for `arithmetic_tokenizer`; the defaults are tiny-qwen, 0.79 M
+    parameters.
+
+    Other dimensions make other Qwen2-shaped models (the tests use them). The same seed gives the same weights.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = arithmetic_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=ff_dim,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                num_key_value_heads=num_kv_heads,
+                max_position_embeddings=tokenizer.model_max_length,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+
+
 def klein_pipeline(
     seed=0,
     num_layers=1,
@@ -549,6 +608,91 @@ def train_autoencoder(vae, seed=0, num_iterations=1500, batch_size=64, learning_
     return vae
 
 
+@torch.no_grad()
+def arithmetic_accuracy(model, tokenizer, problems, temperature=0.0, seed=0):
+    """Share of `problems` (rows of data/arithmetic.py) that `model` answers to the letter: the digits, then the end
+    token. Greedy at temperature 0, otherwise sampled; the same seed draws the same answers."""
+    ids = tokenizer([problem["prompt"] for problem in problems], return_tensors="pt", padding=False).input_ids
+    num_prompt, generator = ids.shape[1], torch.Generator().manual_seed(seed)
+    for _ in range(ANSWER_TOKENS):  # without a cache: 10 tokens at most
+        logits = model(input_ids=ids).logits[:, -1]
+        if temperature == 0:
+            next_ids = logits.argmax(-1, keepdim=True)
+        else:
+            next_ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, next_ids], 1)
+    answers = (answer.partition(tokenizer.eos_token) for answer in tokenizer.batch_decode(ids[:, num_prompt:]))
+    right = [
+        text == str(problem["metadata"]["answer"]) and ended != ""
+        for (text, ended, _), problem in zip(answers, problems)
+    ]
+    return sum(right) / len(right)
+
+
+def train_lm(
+    model,
+    tokenizer,
+    seed=0,
+    num_iterations=1000,
+    batch_size=128,
+    learning_rate=1e-3,
+    warmup=50,
+    stop_accuracy=0.45,
+    eval_every=10,  # 0.1 s; accuracy rises by some 0.1 in that time, and RL needs what is left of it
+):
+    """Train `model` in place on the answers of data/arithmetic.py's training problems (cross-entropy of the digits and
+    the end token) until it solves `stop_accuracy` of the validation problems greedily, `num_iterations` at most.
+
+    Returns {"iterations", "validation_accuracy", "losses"}: the accuracy at the end, one loss an iteration. About 0.1 s
+    an iteration on one core; with one thread the same seed gives the same weights.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    problems, validation = arithmetic.train_problems(), arithmetic.validation_problems()
+    losses, accuracy = [], 0.0
+    model.train()
+    bar = tqdm(range(num_iterations), desc="language model")
+    for iteration in bar:
+        batch = arithmetic.stream(seed, iteration * batch_size, batch_size, problems)
+        texts = [f"{row['prompt']}{row['metadata']['answer']}{tokenizer.eos_token}" for row in batch]
+        tokens = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
+        labels[:, : len(batch[0]["prompt"])] = -100  # every prompt is 6 characters, and so 6 tokens
+        logits = model(input_ids=tokens.input_ids).logits[:, :-1]  # right padding needs no mask: attention is causal
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (iteration + 1) / warmup)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if (iteration + 1) % eval_every == 0 or iteration + 1 == num_iterations:
+            accuracy = arithmetic_accuracy(model, tokenizer, validation)
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", validation=f"{accuracy:.3f}")
+            if accuracy >= stop_accuracy:
+                break
+    bar.close()
+    model.eval()
+    return {"iterations": len(losses), "validation_accuracy": accuracy, "losses": losses}
+
+
+def make_qwen(folder, seed=0, num_iterations=1000):
+    """Train tiny-qwen and write it to `folder` with its tokenizer and results.json: seed, iterations,
+    validation_accuracy, and held_out_greedy and held_out_sampled (temperature 1, 8 answers a problem) on the 500
+    held-out problems. On one thread, so that the same seed gives the same weights on the same kind of processor."""
+    torch.set_num_threads(1)
+    tokenizer, model = arithmetic_tokenizer(), qwen_lm(seed)
+    results = {"seed": seed, **train_lm(model, tokenizer, seed, num_iterations)}
+    del results["losses"]
+    held_out = arithmetic.held_out_problems()
+    results["held_out_greedy"] = arithmetic_accuracy(model, tokenizer, held_out)
+    results["held_out_sampled"] = arithmetic_accuracy(model, tokenizer, held_out * 8, temperature=1.0, seed=seed)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    with open(os.path.join(folder, "results.json"), "w") as file:
+        json.dump(results, file, indent=1)
+        file.write("\n")
+    print(json.dumps(results))
+
+
 def build(alias, folder):
     """Write the untrained pipeline of a tiny alias to `folder`, always the same one. Ranks and runs may do it at the
     same time: the folder appears complete or not at all."""
@@ -570,15 +714,24 @@ def build(alias, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("alias", choices=["tiny-flux"])
-    parser.add_argument("--out", required=True, help="folder to write, in diffusers layout")
+    parser.add_argument("alias", choices=["tiny-flux", "tiny-qwen"])
+    parser.add_argument("--out", required=True, help="folder to write, in diffusers or transformers layout")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=1500, help="autoencoder training iterations of 64 pictures")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        help="tiny-flux: autoencoder training iterations of 64 pictures (default: 1500); tiny-qwen: iterations of 128 "
+        "problems, at most (default: 1000)",
+    )
     args = parser.parse_args()
-    pipeline = flux_pipeline(seed=args.seed)
-    train_autoencoder(pipeline.vae, seed=args.seed, num_iterations=args.iterations)
     os.makedirs(args.out, exist_ok=True)
-    pipeline.save_pretrained(args.out)
+    if args.alias == "tiny-qwen":
+        make_qwen(args.out, args.seed, 1000 if args.iterations is None else args.iterations)
+    else:
+        pipeline = flux_pipeline(seed=args.seed)
+        num_iterations = 1500 if args.iterations is None else args.iterations
+        train_autoencoder(pipeline.vae, seed=args.seed, num_iterations=num_iterations)
+        pipeline.save_pretrained(args.out)
     print(f"wrote {args.out}")
 
 

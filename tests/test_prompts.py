@@ -489,3 +489,15 @@ def test_images_in_some_lines_only_are_an_error(tmp_path):
         (tmp_path / "mixed.jsonl").write_text("\n".join(mixed))
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "mixed.jsonl")
+
+
+def test_arithmetic_has_its_own_split():
+    sides = [load("arithmetic", side) for side in ("train", "eval", "all")]
+    assert [len(side) for side in sides] == [7300, 500, 7800]
+    texts = [{side[i]["prompt"] for i in range(len(side))} for side in sides]
+    assert not texts[0] & texts[1] and texts[0] | texts[1] == texts[2]
+    for side in sides:
+        for i in (0, 1, len(side) - 1):
+            row = side[i]
+            a, b = row["prompt"].removesuffix("=").split("+")
+            assert row["metadata"]["answer"] == int(a) + int(b) and row["image"] is None
