@@ -1,0 +1,363 @@
+"""
+Language models as policies: Qwen, and any other causal language model of transformers that ends in a plain linear head.
+Text only. What we own is what an RL step touches: sampling, and the log-probs of what was sampled.
+
+Tokens are drawn from softmax(z / T) and nothing else: no top-p, top-k or repetition penalty, whatever the model's
+generation_config.json asks for, because the log-prob that is trained would then belong to another distribution. The
+forward pass of the module in `parts` is replaced by two that keep the head inside it, so that FSDP2's hooks gather its
+weight: log-probs through kernels.linear_logp, and the logits of the last token for decoding.
+"""
+
+import copy
+import functools
+import os
+
+import torch
+
+import models
+from kernels.linear_logp import IGNORE, linear_logp
+from kernels.sde_step import LOW32, philox_words
+from models import parallel
+from models import pipeline as common
+
+# B samples, P prompt tokens (padded on the left), L sampled tokens (padded on the right), S = prompt + sampled tokens,
+# V vocabulary, D width
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SYNC_EVERY = 8  # tokens between two questions to the device whether all rows have ended
+
+
+def load(source, device, dtype, lora_rank=0, lora_alpha=0, with_reference=False, chat=True):
+    """Load a folder or hub id of transformers' AutoModelForCausalLM and AutoTokenizer as a `Qwen`.
+
+    device, dtype: where and in what precision the model computes (torch.float32 or torch.bfloat16).
+    lora_rank: 0 trains every parameter (fp32 masters), else a PEFT adapter of that rank (scale lora_alpha / lora_rank).
+    with_reference: under full fine-tuning, keep a frozen copy (with LoRA the adapter is switched off instead). chat:
+    prompts go through the chat template; False takes them as plain text.
+
+    Raises RuntimeError with one message for a gated, missing, unreachable or incomplete model; ValueError for a
+    tokenizer that lacks its vocabulary or a chat template, or knows more tokens than the model, and for a model without
+    `layers` or whose logits are more than hidden states times a matrix (a soft cap is fine).
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    folder = _folder(source)
+    try:
+        # trust_remote_code=False where it is the default, too: otherwise transformers asks on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32 if lora_rank == 0 else dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise RuntimeError(f"'{source}' is incomplete, download or save it again: {error}") from None
+    if info["missing_keys"]:
+        # transformers draws random weights for them, and goes on.
+        missing = sorted(info["missing_keys"])
+        raise RuntimeError(f"'{source}' is incomplete: {len(missing)} weights are missing, first {missing[0]}")
+    _check(source, lm, tokenizer, chat)
+    return Qwen(lm, tokenizer, device, dtype, source, lora_rank, lora_alpha, with_reference, chat)
+
+
+def _folder(source):
+    """The local folder of a folder or hub id, downloaded if need be."""
+    from huggingface_hub import snapshot_download
+
+    if os.path.isdir(source):
+        return source
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"'{source}': no such folder, and no hub id owner/name")
+    # Not what repositories hold beside it: the same weights as .bin, .pth, .gguf or .onnx.
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+    return models.hub(source, lambda: snapshot_download(source, allow_patterns=patterns))
+
+
+def _check(source, lm, tokenizer, chat):
+    vocabulary = lm.get_input_embeddings().num_embeddings
+    # transformers makes a tokenizer of only special tokens where the files are missing, and says nothing.
+    if len(tokenizer) < vocabulary / 2:
+        raise ValueError(
+            f"'{source}': tokenizer has {len(tokenizer)} tokens for a model of {vocabulary}; "
+            f"its files are missing or belong to another model"
+        )
+    if max(tokenizer.get_vocab().values()) >= vocabulary:
+        raise ValueError(f"'{source}': tokenizer has {len(tokenizer)} tokens, but the model only {vocabulary}")
+    if chat and not tokenizer.chat_template:
+        raise ValueError(f"'{source}': tokenizer has no chat template; take an instruct model, or chat=False")
+    head = lm.get_output_embeddings()
+    scales = [s for s in ("logit_scale", "logits_scaling", "lm_head_multiplier") if getattr(lm.config, s, 1) != 1]
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None or scales:
+        what = f"scaled logits ({scales[0]})" if scales else "a head that is no matrix"
+        raise ValueError(f"'{source}': {type(lm).__name__} has {what}, which is not supported")
+    if not hasattr(lm.base_model, "layers"):
+        raise ValueError(f"'{source}': {type(lm).__name__} does not list its decoder in `layers`; not supported")
+
+
+class Qwen:
+    """The language-model contract. `parts` is what is trained, `blocks` what is sharded, checkpointed and compiled one
+    by one. `parts["lm"]` is a transformers model with another `forward`: use the methods here."""
+
+    def __init__(
+        self,
+        lm,
+        tokenizer,
+        device,
+        dtype,
+        source="",
+        lora_rank=0,
+        lora_alpha=0,
+        with_reference=False,
+        chat=True,
+    ):
+        self.device, self.dtype, self.source, self.chat = torch.device(device), dtype, source, chat
+        self.tokenizer, self.model_class = tokenizer, type(lm)
+        self.context = lm.config.max_position_embeddings
+        self.stop_ids = _stop_ids(lm, tokenizer)
+        self.softcap = getattr(lm.config, "final_logit_softcapping", None)
+        # Decoding takes a mask that is ready for use where the model has it (a 2-D one costs a host sync per token).
+        types = set(getattr(lm.config, "layer_types", None) or ["full_attention"])
+        self.plain_attention = lm.config._attn_implementation == "sdpa" and types == {"full_attention"}
+        lm = lm.to(self.device).eval()
+        self.reference_parts = None
+        if lora_rank > 0:
+            common.add_lora(lm, lora_rank, lora_alpha, LORA_TARGETS)
+        else:
+            lm.requires_grad_(True)
+            if with_reference:
+                reference = copy.deepcopy(lm).requires_grad_(False)
+                # Not .to(dtype), which would round the frequencies of the rotary embedding as well.
+                for parameter in reference.parameters():
+                    parameter.data = parameter.data.to(dtype)
+                self.reference_parts = {"lm": reference}
+        self.parts = {"lm": lm}
+        for part in (self.parts, self.reference_parts or {}):
+            for module in part.values():
+                module.forward = functools.partial(_forward, module, self.softcap)
+
+    def blocks(self, part):
+        """The decoder layers of one part (a module out of `parts` or `reference_parts`)."""
+        return list(part.base_model.layers)
+
+    def encode(self, messages, max_new_tokens=0):
+        """Token ids of each prompt, a list of lists without padding.
+
+        messages: a str, or a list of chat messages {"role", "content"}, per prompt. They go through the chat template,
+        thinking switched off where it can be; with chat=False they must be str. Raises ValueError for a prompt that is
+        empty or leaves less than max_new_tokens of the model's context.
+        """
+        prompts = []
+        for message in messages:
+            if self.chat:
+                turns = [{"role": "user", "content": message}] if isinstance(message, str) else message
+                ids = self.tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, enable_thinking=False, return_dict=False
+                )
+            else:
+                ids = self.tokenizer(message).input_ids
+            if not ids:
+                raise ValueError("a prompt is empty: there is nothing to predict its first token from")
+            if len(ids) > self.context - max_new_tokens:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens and --max-new-tokens {max_new_tokens} do not fit into the context "
+                    f"of {self.context} tokens: {str(message)[:60]!r}"
+                )
+            prompts.append(list(ids))
+        return prompts
+
+    def decode(self, ids, mask):
+        """The text of each row of ids int64 [B, L] where mask is 1, without special tokens."""
+        rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu().bool())]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def generate(self, prompt_ids, max_new_tokens, temperature, seeds):
+        """Sample a completion of each prompt; at least one prompt per rank. All ranks call it together.
+
+        prompt_ids: list of B lists. temperature: float or fp32 [B], 0 = greedy. seeds: int64 [B]; token j of a row is a
+        function of its prompt, its seed and j, and of neither batch nor rank (up to the rounding of logits). Returns a
+        dict: ids int64 [B, L], padded on the right; mask int64 [B, L], 1 = sampled, the stop token included;
+        truncated bool [B], no stop token within max_new_tokens; logps fp32 [B, L] in nats under softmax(z / T)
+        (T = 1 for greedy rows), 0 where mask is 0. L is that of this rank's longest row.
+
+        Parameters stay gathered from the first token on (memory of one copy in the compute dtype), so ranks communicate
+        nothing per token and may end at different lengths.
+        """
+        from transformers import DynamicCache
+
+        lm, B = self.parts["lm"], len(prompt_ids)
+        temperature, greedy = self._temperature(temperature, B)
+        inverse_temperature = 1 / temperature
+        lengths = [len(ids) for ids in prompt_ids]
+        if min(lengths, default=0) == 0 or max_new_tokens < 1:
+            raise ValueError("generate needs prompts that are not empty and max_new_tokens >= 1")
+        P = max(lengths)
+        padded = [[0] * (P - len(ids)) + list(ids) for ids in prompt_ids]
+        input_ids = torch.tensor(padded, device=self.device)
+        lengths = torch.tensor(lengths, device=self.device)[:, None]
+        # Every key but the padding in front is visible; a mask for the whole of the completion, cut at every token.
+        visible = torch.arange(P + max_new_tokens, device=self.device) >= P - lengths
+        positions = (torch.arange(P, device=self.device) - (P - lengths)).clamp(min=0)
+        uniform = _uniform(seeds.to(self.device), max_new_tokens)
+        stop = torch.tensor(self.stop_ids, dtype=torch.int64, device=self.device)
+        ids = input_ids.new_full((B, max_new_tokens), self.tokenizer.pad_token_id or 0)
+        logps = torch.zeros(B, max_new_tokens, device=self.device)
+        mask, finished = torch.zeros_like(ids), torch.zeros(B, dtype=torch.bool, device=self.device)
+
+        was_training = lm.training
+        lm.eval()
+        try:
+            with parallel.unsharded(self.parts, keep=True):
+                cache, attention_mask = DynamicCache(config=lm.config), visible[:, :P].long()
+                for j in range(max_new_tokens):
+                    logits = lm(input_ids, cache=cache, attention_mask=attention_mask, position_ids=positions)
+                    token, logp = _sample(logits * inverse_temperature[:, None], uniform[:, j], greedy)
+                    ids[:, j] = torch.where(finished, ids[:, j], token)
+                    logps[:, j] = torch.where(finished, 0.0, logp)
+                    mask[:, j] = ~finished
+                    finished |= torch.isin(token, stop)
+                    if (j + 1) % SYNC_EVERY == 0 and finished.all():
+                        break
+                    input_ids, positions = token[:, None], lengths + j
+                    seen = visible[:, : P + j + 1]
+                    attention_mask = seen[:, None, None] if self.plain_attention else seen.long()
+        finally:
+            lm.train(was_training)
+        L = int(mask.sum(1).max())
+        return {"ids": ids[:, :L], "mask": mask[:, :L], "truncated": ~finished, "logps": logps[:, :L]}
+
+    def logps(self, prompt_ids, completion_ids, mask, temperature, return_entropy=False):
+        """log softmax(z / T) of the completions, fp32 [B, L] in nats, differentiable; 0 where mask is 0.
+
+        prompt_ids: list of B lists. completion_ids, mask: [B, L], padded on the right. temperature: float or fp32 [B],
+        0 counts as 1. With return_entropy also the entropy of that distribution at every token, fp32 [B, L]. All ranks
+        call it together.
+        """
+        B, L = completion_ids.shape
+        mask = mask.to(self.device).bool()
+        temperature, _ = self._temperature(temperature, B)
+        # Prompt, completion, padding: under causal attention no token sees what is right of it, and no mask is needed.
+        S = max(len(ids) for ids in prompt_ids) + L
+        ids = torch.zeros(B, S, dtype=torch.int64)
+        for row, prompt in zip(ids, prompt_ids):
+            row[: len(prompt)] = torch.tensor(prompt)
+        ids = ids.to(self.device)
+        first = torch.tensor([len(prompt) for prompt in prompt_ids], device=self.device)
+        columns = first[:, None] + torch.arange(L, device=self.device)
+        completion_ids = completion_ids.to(self.device)
+        ids.scatter_(1, columns, completion_ids)
+        targets = torch.full_like(ids, IGNORE)
+        targets.scatter_(1, columns - 1, completion_ids.masked_fill(~mask, IGNORE))
+        temperature = temperature[:, None].expand(B, S)
+        out = self.parts["lm"](ids, targets=targets, temperature=temperature, return_entropy=return_entropy)
+        if return_entropy:
+            return tuple(x.gather(1, columns - 1) for x in out)
+        return out.gather(1, columns - 1)
+
+    def _temperature(self, temperature, B):
+        """T fp32 [B], 1 for greedy rows, and which rows are greedy."""
+        if not isinstance(temperature, torch.Tensor):
+            temperature = torch.full((B,), float(temperature))
+        temperature = temperature.to(self.device, torch.float32)
+        if temperature.shape != (B,) or not (temperature >= 0).all():
+            raise ValueError(f"temperature must be >= 0, a float or one for each of {B} rows")
+        greedy = temperature == 0
+        return temperature.masked_fill(greedy, 1.0), greedy
+
+    def save(self, folder, tensors):
+        """Write the model and its tokenizer in transformers' format, or a PEFT adapter folder where there is an
+        adapter.
+
+        tensors: what is trained, full, by the names of parallel.trained (models.checkpoint.full_tensors); rank 0 only.
+        """
+        from safetensors.torch import save_file
+
+        lm = self.parts["lm"]
+        state = {name.removeprefix("lm."): tensor for name, tensor in tensors.items()}
+        os.makedirs(folder, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        if getattr(lm, "peft_config", None):
+            config = copy.copy(lm.peft_config["default"])
+            config.task_type, config.inference_mode, config.base_model_name_or_path = "CAUSAL_LM", True, self.source
+            config.save_pretrained(folder)
+            adapter = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in state.items()}
+            save_file(adapter, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+            return
+        with torch.device("meta"):
+            whole = self.model_class(copy.deepcopy(lm.config))
+        # Not strict: a tied head is the embedding under a second name.
+        whole.load_state_dict({name: t.to(self.dtype) for name, t in state.items()}, assign=True, strict=False)
+        whole.tie_weights()
+        whole.generation_config = lm.generation_config
+        whole.save_pretrained(folder)
+
+
+def _stop_ids(lm, tokenizer):
+    """Every token that ends a completion: generation_config.json (an int or a list; chat models often have two),
+    config.json and the tokenizer name them, and not always the same ones."""
+    stop = set()
+    for eos in (lm.generation_config.eos_token_id, lm.config.eos_token_id, tokenizer.eos_token_id):
+        stop |= set(eos) if isinstance(eos, (list, tuple)) else {eos}
+    return sorted(stop - {None})
+
+
+def _forward(
+    lm,
+    softcap,
+    ids,
+    targets=None,
+    temperature=None,
+    return_entropy=False,
+    cache=None,
+    attention_mask=None,
+    position_ids=None,
+):
+    """What `lm(...)` computes instead of transformers' forward. With targets int64 [B, S]: log-probs fp32 [B, S], and
+    entropies if wanted. Without: fp32 logits [B, V] of the last token, keys and values appended to `cache`."""
+    hidden = lm.base_model(
+        input_ids=ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+    weight = lm.get_output_embeddings().weight
+    hidden = hidden.to(weight.dtype)
+    if targets is not None:
+        return linear_logp(hidden, weight, targets, temperature, softcap, return_entropy)
+    hidden = hidden[:, -1]
+    # fp32 logits of 16-bit operands: rounded to bf16 they would be off by up to 0.05 nats.
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = hidden.float() @ weight.float().T
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+def _uniform(seeds, length):
+    """fp64 [B, length] in [0, 1): number j of a row is words 0 and 1 of the Philox counter (j, 0, 0, 0) under the key
+    (low, high 32 bits of seed). 48 bits, so that its product with a sum stays below the sum."""
+    if seeds.dtype != torch.int64 or seeds.dim() != 1:
+        raise TypeError(f"seeds must be int64 [B], got {seeds.dtype} {list(seeds.shape)}")
+    counter = torch.arange(length, device=seeds.device)
+    high, low, _, _ = philox_words(counter, 0, 0, 0, seeds[:, None] & LOW32, (seeds[:, None] >> 32) & LOW32)
+    return ((high << 16) | (low >> 16)).double() * 2.0**-48
+
+
+def _sample(z, uniform, greedy):
+    """Token int64 [B] and its log-prob fp32 [B] under softmax(z), z fp32 [B, V]: the inverse of the cumulative
+    distribution at `uniform`, or the largest logit in greedy rows.
+
+    One random number a token; Gumbel-max would take V. Sums are fp64: in fp32 the tail of 150,000 tokens would be lost.
+    """
+    z = z.double()
+    z -= z.amax(1, keepdim=True)
+    cumulative = z.exp().cumsum(1)
+    total = cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    drawn = drawn.clamp(max=z.shape[1] - 1)  # only logits of NaN can end past the last
+    token = torch.where(greedy[:, None], z.argmax(1, keepdim=True), drawn)
+    return token[:, 0], (z.gather(1, token) - total.log())[:, 0].float()
