@@ -291,7 +291,11 @@ class Qwen:
         # Not strict: a tied head is the embedding under a second name.
         whole.load_state_dict({name: t.to(self.dtype) for name, t in state.items()}, assign=True, strict=False)
         whole.tie_weights()
-        whole.generation_config = lm.generation_config
+        whole.generation_config = copy.deepcopy(lm.generation_config)
+        try:
+            whole.generation_config.validate(strict=True)
+        except ValueError:  # sampling options beside do_sample=False, which some versions of transformers do not write
+            whole.generation_config.do_sample = True
         whole.save_pretrained(folder)
 
 
