@@ -854,7 +854,7 @@ def start(folder, port=0, seconds=0.0):
 
 def test_replicas_die_and_come_back_and_no_score_is_lost(tmp_path, capfd):
     (one, port_one), (two, port_two) = start(tmp_path / "1", seconds=0.01), start(tmp_path / "2", seconds=0.01)
-    client = remote.load(f"http://127.0.0.1:{port_one},127.0.0.1:{port_two}/f", patience=30)
+    client = remote.load(f"http://127.0.0.1:{port_one},127.0.0.1:{port_two}/f", patience=120)  # pauses grow to 30 s
     local, stop, counts = fingerprints(), threading.Event(), [0, 0, 0]
 
     def work(w):
@@ -865,7 +865,7 @@ def test_replicas_die_and_come_back_and_no_score_is_lost(tmp_path, capfd):
 
     def more(number):
         target = [count + number for count in counts]
-        wait_for(lambda: any(w.error for w in workers) or all(c >= t for c, t in zip(counts, target)), 60)
+        wait_for(lambda: any(w.error for w in workers) or all(c >= t for c, t in zip(counts, target)), 120)
 
     workers = [Background(lambda w=w: work(w)) for w in range(3)]
     try:
