@@ -1,6 +1,7 @@
 """Generative models behind the contract that the scripts rely on: one file per architecture.
 
-`load(name, ...)` takes an alias, a local folder in diffusers layout, or a Hugging Face hub id.
+`load(name, ...)` (flow models) and `load_lm(name, ...)` (language models) take an alias, a local folder in diffusers or
+transformers layout, or a Hugging Face hub id.
 """
 
 import difflib
@@ -25,6 +26,18 @@ ALIASES = {
     "tiny-sana": os.path.join(ASSETS, "tiny-sana"),
 }
 
+LM_ALIASES = {
+    **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")},
+    **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")},
+    **{f"qwen2.5-vl-{size.lower()}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B")},
+    **{f"qwen3-vl-{size.lower()}": f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B")},
+    "tiny-qwen": os.path.join(ASSETS, "tiny-qwen"),
+    "tiny-qwen-vl": os.path.join(ASSETS, "tiny-qwen-vl"),
+}
+
+# model_type in config.json -> family, by which the scripts choose a recipe
+LM_FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "qwen2_5_vl": "qwen2.5-vl", "qwen3_vl": "qwen3-vl"}
+
 # pipeline class -> (family, by which the scripts choose a recipe; the file here that loads it)
 PIPELINES = {
     "FluxPipeline": ("flux", "flux"),
@@ -35,10 +48,10 @@ PIPELINES = {
 }
 
 
-def folder_or_id(name):
-    """The folder or hub id behind an alias; anything else is returned as it is. A tiny model that is not shipped is
-    built into assets/ when it is first asked for, from a fixed seed."""
-    source = ALIASES.get(name, name)
+def folder_or_id(name, aliases=ALIASES):
+    """The folder or hub id behind an alias (of `aliases`: LM_ALIASES for language models); anything else is returned as
+    it is. A tiny model that is not shipped is built into assets/ when it is first asked for, from a fixed seed."""
+    source = aliases.get(name, name)
     if os.path.dirname(source) == ASSETS and not os.path.isdir(source):
         from models import tiny
 
@@ -56,14 +69,10 @@ def pipeline_class(name):
         index = os.path.join(source, "model_index.json")
         if not os.path.exists(index):
             raise ValueError(f"{source}: no model_index.json; expected a folder in diffusers layout")
-    elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
+    elif _is_hub_id(source):
         index = hub(source, lambda: _hub_file(source, "model_index.json"))
     else:
-        hint = difflib.get_close_matches(name, ALIASES, n=1)
-        raise ValueError(
-            f"unknown model '{name}'{f', did you mean {hint[0]}?' if hint else ''}: "
-            f"expected one of {', '.join(ALIASES)}, a folder in diffusers layout, or a hub id owner/name"
-        )
+        raise _unknown(name, ALIASES, "diffusers")
     with open(index) as f:
         return json.load(f)["_class_name"]
 
@@ -87,6 +96,58 @@ def load(name, device, dtype, sigma_schedule="stock", **options):
             raise ValueError(f"--sigma-schedule {sigma_schedule}: only sd3 models have one, --model {name} has not")
         options["sigma_schedule"] = sigma_schedule
     return importlib.import_module(f"models.{module}").load(folder_or_id(name), device, dtype, **options)
+
+
+def load_lm(name, device, dtype, **options):
+    """Load a language model, of text or of text and pictures, by alias, folder or hub id; the options are those of
+    models/qwen.py's `load`. Raises what that raises, and ValueError for a name that is none of the three."""
+    from models import qwen
+
+    source = folder_or_id(name, LM_ALIASES)
+    if not os.path.isdir(source) and not _is_hub_id(source):
+        raise _unknown(name, LM_ALIASES, "transformers")
+    return qwen.load(source, device, dtype, **options)
+
+
+def lm_family(name):
+    """qwen2.5, qwen3, qwen2.5-vl, qwen3-vl, tiny-qwen or tiny-qwen-vl: known of an alias; for anything else one of the
+    first four by the model_type of its config.json, or "other".
+
+    Raises ValueError for a name that is neither alias, folder nor hub id, RuntimeError where the hub or the licence
+    stands in the way.
+    """
+    if name in LM_ALIASES:
+        return name if name.startswith("tiny-") else name.rpartition("-")[0]
+    return LM_FAMILIES.get(model_type(name), "other")
+
+
+def model_type(name):
+    """`model_type` in the config.json of a language model, e.g. "qwen2_5_vl". Raises what `lm_family` raises."""
+    source = folder_or_id(name, LM_ALIASES)
+    if os.path.isdir(source):
+        config = os.path.join(source, "config.json")
+        if not os.path.exists(config):
+            adapter = os.path.exists(os.path.join(source, "adapter_config.json"))
+            what = "an adapter, merge it into its base model first" if adapter else "expected a transformers folder"
+            raise ValueError(f"{source}: no config.json; {what}")
+    elif _is_hub_id(source):
+        config = hub(source, lambda: _hub_file(source, "config.json"))
+    else:
+        raise _unknown(name, LM_ALIASES, "transformers")
+    with open(config) as f:
+        return json.load(f).get("model_type")
+
+
+def _is_hub_id(source):
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def _unknown(name, aliases, layout):
+    hint = difflib.get_close_matches(name, aliases, n=1)
+    return ValueError(
+        f"unknown model '{name}'{f', did you mean {hint[0]}?' if hint else ''}: "
+        f"expected one of {', '.join(aliases)}, a folder in {layout} layout, or a hub id owner/name"
+    )
 
 
 def _supported(name):

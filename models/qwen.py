@@ -1,18 +1,25 @@
 """
-Language models as policies: Qwen, and any other causal language model of transformers that ends in a plain linear head.
-Text only. What we own is what an RL step touches: sampling, and the log-probs of what was sampled.
+Language models as policies: Qwen, Qwen2.5-VL, Qwen3-VL, and any other causal language model of transformers that ends
+in a plain linear head. What we own is what an RL step touches: sampling, and the log-probs of what was sampled.
 
 Tokens are drawn from softmax(z / T) and nothing else: no top-p, top-k or repetition penalty, whatever the model's
 generation_config.json asks for, because the log-prob that is trained would then belong to another distribution. The
 forward pass of the module in `parts` is replaced by two that keep the head inside it, so that FSDP2's hooks gather its
 weight: log-probs through kernels.linear_logp, and the logits of the last token for decoding.
+
+Of a model that takes pictures, the vision tower is frozen: it is no part of `parts`, not sharded, and runs once per
+prompt, in `encode`, without gradients, as the text encoders of the flow models do. What it saw stays with the prompt
+(`Prompt`), and all samples of the prompt and their replay share it; only the language model is trained.
 """
 
 import copy
 import functools
+import importlib.util
 import os
+import unicodedata
 
 import torch
+from PIL import Image
 
 import models
 from kernels.linear_logp import IGNORE, linear_logp
@@ -24,11 +31,20 @@ from models import pipeline as common
 # V vocabulary, D width
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VISION = ("qwen2_5_vl", "qwen3_vl")  # the model_type of those that take pictures
+# What stock transformers wants beside the weights and the tokenizer of those, where the checkpoint has it
+PROCESSOR_FILES = [
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+]
 SYNC_EVERY = 8  # tokens between two questions to the device whether all rows have ended
 
 
 def load(source, device, dtype, lora_rank=0, lora_alpha=0, with_reference=False, chat=True):
-    """Load a folder or hub id of transformers' AutoModelForCausalLM and AutoTokenizer as a `Qwen`.
+    """Load a folder or hub id of transformers' AutoModelForCausalLM (AutoModelForImageTextToText for Qwen2.5-VL and
+    Qwen3-VL) and AutoTokenizer as a `Qwen`.
 
     device, dtype: where and in what precision the model computes (torch.float32 or torch.bfloat16).
     lora_rank: 0 trains every parameter (fp32 masters), else a PEFT adapter of that rank (scale lora_alpha / lora_rank).
@@ -36,18 +52,29 @@ def load(source, device, dtype, lora_rank=0, lora_alpha=0, with_reference=False,
     prompts go through the chat template; False takes them as plain text.
 
     Raises RuntimeError with one message for a gated, missing, unreachable or incomplete model; ValueError for a
-    tokenizer that lacks its vocabulary or a chat template, or knows more tokens than the model, and for a model without
-    `layers` or whose logits are more than hidden states times a matrix (a soft cap is fine).
+    tokenizer that lacks its vocabulary or a chat template, or knows more tokens than the model, for a model without
+    `layers` or whose logits are more than hidden states times a matrix (a soft cap is fine), and for a folder without
+    config.json.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     folder = _folder(source)
+    takes_images = models.model_type(folder) in VISION
+    auto_class = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    image_processor, processor_files = None, {}
     try:
         # trust_remote_code=False where it is the default, too: otherwise transformers asks on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        lm, info = AutoModelForCausalLM.from_pretrained(
+        if takes_images:
+            # Not the processor of both text and pictures, which needs torchvision.
+            image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+            for name in PROCESSOR_FILES:
+                if os.path.exists(os.path.join(folder, name)):
+                    with open(os.path.join(folder, name), "rb") as f:
+                        processor_files[name] = f.read()
+        lm, info = auto_class.from_pretrained(
             folder,
             dtype=torch.float32 if lora_rank == 0 else dtype,
             trust_remote_code=False,
@@ -59,8 +86,10 @@ def load(source, device, dtype, lora_rank=0, lora_alpha=0, with_reference=False,
         # transformers draws random weights for them, and goes on.
         missing = sorted(info["missing_keys"])
         raise RuntimeError(f"'{source}' is incomplete: {len(missing)} weights are missing, first {missing[0]}")
-    _check(source, lm, tokenizer, chat)
-    return Qwen(lm, tokenizer, device, dtype, source, lora_rank, lora_alpha, with_reference, chat)
+    _check(source, lm, tokenizer, image_processor, chat)
+    lora = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, with_reference=with_reference)
+    eyes = dict(image_processor=image_processor, processor_files=processor_files)
+    return Qwen(lm, tokenizer, device, dtype, source, chat=chat, **lora, **eyes)
 
 
 def _folder(source):
@@ -76,7 +105,7 @@ def _folder(source):
     return models.hub(source, lambda: snapshot_download(source, allow_patterns=patterns))
 
 
-def _check(source, lm, tokenizer, chat):
+def _check(source, lm, tokenizer, image_processor, chat):
     vocabulary = lm.get_input_embeddings().num_embeddings
     # transformers makes a tokenizer of only special tokens where the files are missing, and says nothing.
     if len(tokenizer) < vocabulary / 2:
@@ -89,17 +118,45 @@ def _check(source, lm, tokenizer, chat):
     if chat and not tokenizer.chat_template:
         raise ValueError(f"'{source}': tokenizer has no chat template; take an instruct model, or chat=False")
     head = lm.get_output_embeddings()
-    scales = [s for s in ("logit_scale", "logits_scaling", "lm_head_multiplier") if getattr(lm.config, s, 1) != 1]
+    config = lm.config.get_text_config()
+    scales = [s for s in ("logit_scale", "logits_scaling", "lm_head_multiplier") if getattr(config, s, 1) != 1]
     if not isinstance(head, torch.nn.Linear) or head.bias is not None or scales:
         what = f"scaled logits ({scales[0]})" if scales else "a head that is no matrix"
         raise ValueError(f"'{source}': {type(lm).__name__} has {what}, which is not supported")
-    if not hasattr(lm.base_model, "layers"):
+    if not hasattr(_decoder(lm), "layers"):
         raise ValueError(f"'{source}': {type(lm).__name__} does not list its decoder in `layers`; not supported")
+    if image_processor:
+        vision, images = lm.config.vision_config, image_processor
+        wanted = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        if (images.patch_size, images.merge_size, images.temporal_patch_size) != wanted:
+            raise ValueError(
+                f"'{source}': preprocessor_config.json belongs to another model: the patch size, merge size and "
+                f"temporal patch size of this one are {', '.join(map(str, wanted))}"
+            )
+
+
+def _decoder(lm):
+    """The module with the embedding, the decoder layers and the last norm."""
+    return lm.base_model.language_model if lm.config.model_type in VISION else lm.base_model
+
+
+class Prompt(list):
+    """Token ids of a prompt with pictures, the placeholder repeated once for every token of a picture, and what the
+    vision tower made of them. Pass it on as it is: a slice or a copy by list() is blind.
+
+    where: int64 [n], the places of those tokens. positions: int64 [3, len], for M-RoPE: time, row, column. features:
+    [n, D], deepstack: a list of [n, D] (Qwen3-VL, else empty).
+    """
+
+    def __init__(self, ids, where, positions, features, deepstack):
+        super().__init__(ids)
+        self.where, self.positions, self.features, self.deepstack = where, positions, features, deepstack
 
 
 class Qwen:
     """The language-model contract. `parts` is what is trained, `blocks` what is sharded, checkpointed and compiled one
-    by one. `parts["lm"]` is a transformers model with another `forward`: use the methods here."""
+    by one. `parts["lm"]` is a transformers model with another `forward`, and without its vision tower: use the methods
+    here. `attention` names the attention in use, `takes_images` says whether `encode` takes pictures."""
 
     def __init__(
         self,
@@ -112,27 +169,33 @@ class Qwen:
         lora_alpha=0,
         with_reference=False,
         chat=True,
+        image_processor=None,
+        processor_files=None,
     ):
         self.device, self.dtype, self.source, self.chat = torch.device(device), dtype, source, chat
         self.tokenizer, self.model_class = tokenizer, type(lm)
-        self.context = lm.config.max_position_embeddings
+        self.image_processor, self.processor_files = image_processor, processor_files
+        self.takes_images = image_processor is not None
+        self.image_token = lm.config.image_token_id if self.takes_images else None
+        config = lm.config.get_text_config()
+        self.context = config.max_position_embeddings
         self.stop_ids = _stop_ids(lm, tokenizer)
-        self.softcap = getattr(lm.config, "final_logit_softcapping", None)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.attention = _use_best_attention(lm, self.device, dtype)
         # Decoding takes a mask that is ready for use where the model has it (a 2-D one costs a host sync per token).
-        types = set(getattr(lm.config, "layer_types", None) or ["full_attention"])
-        self.plain_attention = lm.config._attn_implementation == "sdpa" and types == {"full_attention"}
+        types = set(getattr(config, "layer_types", None) or ["full_attention"])
+        self.plain_attention = config._attn_implementation == "sdpa" and types == {"full_attention"}
         lm = lm.to(self.device).eval()
+        if self.takes_images:
+            self.tower = _in_dtype(lm.model.visual.requires_grad_(False), dtype)
+            del lm.model.visual
         self.reference_parts = None
         if lora_rank > 0:
             common.add_lora(lm, lora_rank, lora_alpha, LORA_TARGETS)
         else:
             lm.requires_grad_(True)
             if with_reference:
-                reference = copy.deepcopy(lm).requires_grad_(False)
-                # Not .to(dtype), which would round the frequencies of the rotary embedding as well.
-                for parameter in reference.parameters():
-                    parameter.data = parameter.data.to(dtype)
-                self.reference_parts = {"lm": reference}
+                self.reference_parts = {"lm": _in_dtype(copy.deepcopy(lm).requires_grad_(False), dtype)}
         self.parts = {"lm": lm}
         for part in (self.parts, self.reference_parts or {}):
             for module in part.values():
@@ -140,33 +203,83 @@ class Qwen:
 
     def blocks(self, part):
         """The decoder layers of one part (a module out of `parts` or `reference_parts`)."""
-        return list(part.base_model.layers)
+        return list(_decoder(part).layers)
 
-    def encode(self, messages, max_new_tokens=0):
-        """Token ids of each prompt, a list of lists without padding.
+    def encode(self, messages, max_new_tokens=0, images=None):
+        """Token ids of each prompt, a list of lists without padding; a `Prompt` where there are pictures.
 
         messages: a str, or a list of chat messages {"role", "content"}, per prompt. They go through the chat template,
-        thinking switched off where it can be; with chat=False they must be str. Raises ValueError for a prompt that is
-        empty or leaves less than max_new_tokens of the model's context.
+        thinking switched off where it can be; with chat=False they must be str. images: None, or per prompt a PIL
+        image, a list of them, or None. They stand in front of a str; in a list of chat messages, and with chat=False,
+        the message says itself where. Raises ValueError for a prompt that is empty, leaves less than max_new_tokens of
+        the model's context or has not as many places as pictures, and for pictures that the model does not take.
         """
-        prompts = []
-        for message in messages:
-            if self.chat:
-                turns = [{"role": "user", "content": message}] if isinstance(message, str) else message
-                ids = self.tokenizer.apply_chat_template(
-                    turns, add_generation_prompt=True, enable_thinking=False, return_dict=False
-                )
-            else:
-                ids = self.tokenizer(message).input_ids
+        prompts, messages = [], list(messages)
+        for message, pictures in zip(messages, images or [None] * len(messages), strict=True):
+            pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures or [])
+            if pictures and not self.takes_images:
+                raise ValueError(f"'{self.source}' takes no pictures: choose a Qwen2.5-VL or Qwen3-VL model")
+            ids = self._tokenize(message, len(pictures))
             if not ids:
                 raise ValueError("a prompt is empty: there is nothing to predict its first token from")
+            if ids.count(self.image_token) != len(pictures):
+                raise ValueError(
+                    f"a prompt has {ids.count(self.image_token)} places for {len(pictures)} pictures, set by the chat "
+                    f"template or the image tokens of the prompt itself: {str(message)[:60]!r}"
+                )
+            if pictures:
+                pixels = self.image_processor(images=pictures, return_tensors="pt")
+                sizes = iter((pixels.image_grid_thw.prod(1) // self.image_processor.merge_size**2).tolist())
+                ids = [i for token in ids for i in [token] * (next(sizes) if token == self.image_token else 1)]
             if len(ids) > self.context - max_new_tokens:
                 raise ValueError(
                     f"a prompt of {len(ids)} tokens and --max-new-tokens {max_new_tokens} do not fit into the context "
                     f"of {self.context} tokens: {str(message)[:60]!r}"
                 )
-            prompts.append(list(ids))
+            prompts.append(self._look(ids, pixels) if pictures else ids)
         return prompts
+
+    def _tokenize(self, message, num_pictures):
+        if not self.chat:
+            return list(self.tokenizer(message).input_ids)
+        if isinstance(message, str):
+            content = [{"type": "image"}] * num_pictures + [{"type": "text", "text": message}]
+            message = [{"role": "user", "content": content if num_pictures else message}]
+        return list(
+            self.tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, enable_thinking=False, return_dict=False
+            )
+        )
+
+    @torch.no_grad()
+    def _look(self, ids, pixels):
+        """The `Prompt` of ids with one placeholder for every token of the pictures in `pixels`."""
+        grid = pixels.image_grid_thw
+        out = self.tower(pixels.pixel_values.to(self.device, self.dtype), grid_thw=grid.to(self.device))
+        deepstack = list(getattr(out, "deepstack_features", None) or [])
+        tokens = torch.tensor([ids])
+        seen = tokens == self.image_token
+        # Text counts up; the tokens of a picture share one time and count rows and columns from there; what follows
+        # goes on after the larger of the two (section 2.1 of Qwen2-VL, https://arxiv.org/abs/2409.12191).
+        positions, _ = self.parts["lm"].model.get_rope_index(tokens, mm_token_type_ids=seen.int(), image_grid_thw=grid)
+        return Prompt(ids, seen[0].nonzero()[:, 0], positions[:, 0], out.pooler_output, deepstack)
+
+    def check_lengths(self, prompts, max_new_tokens):
+        """Raise encode's ValueError for the first of an iterable of prompts without pictures that does not fit into the
+        context. Cheap: tokenizers that fall back on bytes make no more tokens of a text than it has UTF-8 bytes, so
+        that only texts with more bytes than that are tokenized."""
+        frame = self.tokenizer.num_special_tokens_to_add()
+        if self.chat:
+            turns = [{"role": "user", "content": ""}]
+            text = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, enable_thinking=False, tokenize=False
+            )
+            frame += len(text.encode())
+        for prompt in prompts:
+            # The normal form is Qwen's, and can have more bytes than the text.
+            text = unicodedata.normalize("NFC", prompt) if isinstance(prompt, str) else None
+            if text is None or len(text.encode()) > self.context - max_new_tokens - frame:
+                self.encode([prompt], max_new_tokens)
 
     def decode(self, ids, mask):
         """The text of each row of ids int64 [B, L] where mask is 1, without special tokens."""
@@ -177,9 +290,9 @@ class Qwen:
     def generate(self, prompt_ids, max_new_tokens, temperature, seeds):
         """Sample a completion of each prompt; at least one prompt per rank. All ranks call it together.
 
-        prompt_ids: list of B lists. temperature: float or fp32 [B], 0 = greedy. seeds: int64 [B]; token j of a row is a
-        function of its prompt, its seed and j, and of neither batch nor rank (up to the rounding of logits). Returns a
-        dict: ids int64 [B, L], padded on the right; mask int64 [B, L], 1 = sampled, the stop token included;
+        prompt_ids: what encode returned. temperature: float or fp32 [B], 0 = greedy. seeds: int64 [B]; token j of a row
+        is a function of its prompt, its seed and j, and of neither batch nor rank (up to the rounding of logits).
+        Returns a dict: ids int64 [B, L], padded on the right; mask int64 [B, L], 1 = sampled, the stop token included;
         truncated bool [B], no stop token within max_new_tokens; logps fp32 [B, L] in nats under softmax(z / T)
         (T = 1 for greedy rows), 0 where mask is 0. L is that of this rank's longest row.
 
@@ -197,10 +310,10 @@ class Qwen:
         P = max(lengths)
         padded = [[0] * (P - len(ids)) + list(ids) for ids in prompt_ids]
         input_ids = torch.tensor(padded, device=self.device)
+        positions, visual = self._layout(prompt_ids, [P - n for n in lengths], P + max_new_tokens)
         lengths = torch.tensor(lengths, device=self.device)[:, None]
         # Every key but the padding in front is visible; a mask for the whole of the completion, cut at every token.
         visible = torch.arange(P + max_new_tokens, device=self.device) >= P - lengths
-        positions = (torch.arange(P, device=self.device) - (P - lengths)).clamp(min=0)
         uniform = _uniform(seeds.to(self.device), max_new_tokens)
         stop = torch.tensor(self.stop_ids, dtype=torch.int64, device=self.device)
         ids = input_ids.new_full((B, max_new_tokens), self.tokenizer.pad_token_id or 0)
@@ -212,8 +325,10 @@ class Qwen:
         try:
             with parallel.unsharded(self.parts, keep=True):
                 cache, attention_mask = DynamicCache(config=lm.config), visible[:, :P].long()
+                position_ids = positions[..., :P]
                 for j in range(max_new_tokens):
-                    logits = lm(input_ids, cache=cache, attention_mask=attention_mask, position_ids=positions)
+                    inputs = dict(attention_mask=attention_mask, position_ids=position_ids, visual=visual)
+                    logits = lm(input_ids, cache=cache, **inputs)
                     token, logp = _sample(logits * inverse_temperature[:, None], uniform[:, j], greedy)
                     ids[:, j] = torch.where(finished, ids[:, j], token)
                     logps[:, j] = torch.where(finished, 0.0, logp)
@@ -221,7 +336,7 @@ class Qwen:
                     finished |= torch.isin(token, stop)
                     if (j + 1) % SYNC_EVERY == 0 and finished.all():
                         break
-                    input_ids, positions = token[:, None], lengths + j
+                    input_ids, position_ids, visual = token[:, None], positions[..., P + j : P + j + 1], None
                     seen = visible[:, : P + j + 1]
                     attention_mask = seen[:, None, None] if self.plain_attention else seen.long()
         finally:
@@ -232,9 +347,9 @@ class Qwen:
     def logps(self, prompt_ids, completion_ids, mask, temperature, return_entropy=False):
         """log softmax(z / T) of the completions, fp32 [B, L] in nats, differentiable; 0 where mask is 0.
 
-        prompt_ids: list of B lists. completion_ids, mask: [B, L], padded on the right. temperature: float or fp32 [B],
-        0 counts as 1. With return_entropy also the entropy of that distribution at every token, fp32 [B, L]. All ranks
-        call it together.
+        prompt_ids: what encode returned. completion_ids, mask: [B, L], padded on the right. temperature: float or fp32
+        [B], 0 counts as 1. With return_entropy also the entropy of that distribution at every token, fp32 [B, L]. All
+        ranks call it together.
         """
         B, L = completion_ids.shape
         mask = mask.to(self.device).bool()
@@ -252,10 +367,35 @@ class Qwen:
         targets = torch.full_like(ids, IGNORE)
         targets.scatter_(1, columns - 1, completion_ids.masked_fill(~mask, IGNORE))
         temperature = temperature[:, None].expand(B, S)
-        out = self.parts["lm"](ids, targets=targets, temperature=temperature, return_entropy=return_entropy)
+        positions, visual = self._layout(prompt_ids, [0] * B, S)
+        inputs = dict(position_ids=positions, visual=visual) if visual else {}
+        out = self.parts["lm"](ids, targets=targets, temperature=temperature, return_entropy=return_entropy, **inputs)
         if return_entropy:
             return tuple(x.gather(1, columns - 1) for x in out)
         return out.gather(1, columns - 1)
+
+    def _layout(self, prompt_ids, first, S):
+        """Positions of B rows of S tokens whose prompts begin in column first[b], and what their pictures put in.
+
+        Without pictures: int64 [B, S] and None. With: M-RoPE's int64 [3, B, S], and ((rows, columns) int64 [n],
+        features [n, D], deepstack a list of [n, D]) for `_forward`, n the tokens of all pictures.
+        """
+        positions = (torch.arange(S) - torch.tensor(first)[:, None]).clamp(min=0)
+        seen = [(b, prompt) for b, prompt in enumerate(prompt_ids) if isinstance(prompt, Prompt)]
+        if self.takes_images and any(self.image_token in p for p in prompt_ids if not isinstance(p, Prompt)):
+            raise ValueError("a prompt has image tokens but no pictures: pass on the prompts that encode returned")
+        if not seen:
+            return positions.to(self.device), None
+        positions = positions.expand(3, -1, -1).clone()
+        for b, prompt in seen:
+            end = first[b] + len(prompt)
+            positions[:, b, first[b] : end] = prompt.positions
+            positions[:, b, end:] += int(prompt.positions.max()) + 1 - len(prompt)
+        rows = torch.cat([torch.full_like(prompt.where, b) for b, prompt in seen])
+        columns = torch.cat([prompt.where + first[b] for b, prompt in seen])
+        features = torch.cat([prompt.features for _, prompt in seen])
+        deepstack = [torch.cat(layer) for layer in zip(*(prompt.deepstack for _, prompt in seen))]
+        return positions.to(self.device), ((rows.to(self.device), columns.to(self.device)), features, deepstack)
 
     def _temperature(self, temperature, B):
         """T fp32 [B], 1 for greedy rows, and which rows are greedy."""
@@ -268,8 +408,8 @@ class Qwen:
         return temperature.masked_fill(greedy, 1.0), greedy
 
     def save(self, folder, tensors):
-        """Write the model and its tokenizer in transformers' format, or a PEFT adapter folder where there is an
-        adapter.
+        """Write the model (the vision tower too) and its tokenizer in transformers' format, or a PEFT adapter folder
+        where there is an adapter.
 
         tensors: what is trained, full, by the names of parallel.trained (models.checkpoint.full_tensors); rank 0 only.
         """
@@ -282,12 +422,19 @@ class Qwen:
         if getattr(lm, "peft_config", None):
             config = copy.copy(lm.peft_config["default"])
             config.task_type, config.inference_mode, config.base_model_name_or_path = "CAUSAL_LM", True, self.source
+            if self.takes_images:  # the names alone would find layers of the vision tower as well
+                config.target_modules = rf".*\.language_model\..*\.({'|'.join(LORA_TARGETS)})"
             config.save_pretrained(folder)
             adapter = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in state.items()}
             save_file(adapter, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
             return
         with torch.device("meta"):
             whole = self.model_class(copy.deepcopy(lm.config))
+        if self.takes_images:
+            state |= {f"model.visual.{name}": t.cpu() for name, t in self.tower.state_dict().items()}
+            for name, content in self.processor_files.items():
+                with open(os.path.join(folder, name), "wb") as f:
+                    f.write(content)
         # Not strict: a tied head is the embedding under a second name.
         whole.load_state_dict({name: t.to(self.dtype) for name, t in state.items()}, assign=True, strict=False)
         whole.tie_weights()
@@ -303,9 +450,27 @@ def _stop_ids(lm, tokenizer):
     """Every token that ends a completion: generation_config.json (an int or a list; chat models often have two),
     config.json and the tokenizer name them, and not always the same ones."""
     stop = set()
-    for eos in (lm.generation_config.eos_token_id, lm.config.eos_token_id, tokenizer.eos_token_id):
+    config = lm.config.get_text_config()
+    for eos in (lm.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         stop |= set(eos) if isinstance(eos, (list, tuple)) else {eos}
     return sorted(stop - {None})
+
+
+def _use_best_attention(lm, device, dtype):
+    """flash-attn where it is installed and applies, else what transformers chose: PyTorch's own where the architecture
+    has it. Returns the name of what is in use."""
+    installed = device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn")
+    if installed and lm._supports_flash_attn:
+        lm.set_attn_implementation("flash_attention_2")
+    name = lm.config.get_text_config()._attn_implementation
+    return {"flash_attention_2": "flash-attn", "sdpa": "torch scaled_dot_product_attention"}.get(name, name)
+
+
+def _in_dtype(module, dtype):
+    # Not .to(dtype), which would round the frequencies of the rotary embedding as well.
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def _forward(
@@ -318,11 +483,20 @@ def _forward(
     cache=None,
     attention_mask=None,
     position_ids=None,
+    visual=None,
 ):
     """What `lm(...)` computes instead of transformers' forward. With targets int64 [B, S]: log-probs fp32 [B, S], and
     entropies if wanted. Without: fp32 logits [B, V] of the last token, keys and values appended to `cache`."""
-    hidden = lm.base_model(
-        input_ids=ids,
+    inputs = {"input_ids": ids}
+    if visual is not None:
+        where, features, deepstack = visual  # of Qwen._layout
+        embeddings = lm.get_input_embeddings()(ids)
+        inputs = {"inputs_embeds": embeddings.index_put(where, features.to(embeddings.dtype))}
+        if deepstack:
+            seen = torch.zeros_like(ids, dtype=torch.bool).index_put(where, torch.ones_like(where[0], dtype=torch.bool))
+            inputs |= {"visual_pos_masks": seen, "deepstack_visual_embeds": deepstack}
+    hidden = _decoder(lm)(
+        **inputs,
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=cache,

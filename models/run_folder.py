@@ -220,6 +220,20 @@ def grid(path, images, captions, columns=8, cell=128):
     os.replace(temporary, path)
 
 
+def texts(path, rows, samples, rewards):
+    """Write <path>.txt: reward, prompt and sample of each row ({"prompt", "image"}); and <path>.png, a grid, where the
+    prompts come with pictures."""
+    import numpy as np
+
+    blocks = [f"reward {r:.2f}\n> {row['prompt']}\n{sample}\n" for row, sample, r in zip(rows, samples, rewards)]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".txt", "w", encoding="utf-8") as f:
+        f.write("\n".join(blocks))
+    if all(row["image"] is not None for row in rows):
+        captions = [f"{r:.2f} {row['prompt']} {sample}" for row, sample, r in zip(rows, samples, rewards)]
+        grid(path + ".png", [np.asarray(row["image"].convert("RGB")) for row in rows], captions)
+
+
 def wrap(text, font, width):
     lines = [""]
     for word in text.split():

@@ -24,8 +24,26 @@ from kernels.sde_step import fold_seed
 from models import run_folder
 
 SEEDS = (1, 2, 3)
-COLORS = {"flow_grpo": "#c2410c", "dance_grpo": "#1d4ed8", "control": "#64748b"}
-LABELS = {"flow_grpo": "flow_grpo.py", "dance_grpo": "dance_grpo.py", "control": "further pretraining"}
+COLORS = {
+    "flow_grpo": "#c2410c",
+    "dance_grpo": "#1d4ed8",
+    "control": "#64748b",
+    "rloo": "#c2410c",
+    "remax": "#1d4ed8",
+    "rloo_shapes_qa": "#047857",
+}
+LABELS = {
+    "flow_grpo": "flow_grpo.py",
+    "dance_grpo": "dance_grpo.py",
+    "control": "further pretraining",
+    "rloo": "rloo.py",
+    "remax": "remax.py",
+    "rloo_shapes_qa": "rloo.py, questions about pictures",
+}
+PANELS = {  # of the figure: title -> what is in it
+    "pictures: strict accuracy, held-out prompts": ("flow_grpo", "dance_grpo"),
+    "text: greedy accuracy, held-out prompts": ("rloo", "remax", "rloo_shapes_qa"),
+}
 TAGS = (
     "colors",
     "counting",
@@ -114,6 +132,8 @@ def collect(algorithm):
         result[kind] = dict(
             start=start, end=end, gain=gain, mean_gain=sum(gain) / len(gain), minutes=[p[-1][0] for p in curves]
         )
+    if algorithm not in PANELS["pictures: strict accuracy, held-out prompts"]:
+        return result | {"curves": runs}
     after = [by_tag(f"outputs/{algorithm}-seed{seed}/model") for seed in SEEDS]
     result["strict_by_tag"] = {
         "before": by_tag("assets/tiny-flux"),
@@ -124,33 +144,35 @@ def collect(algorithm):
 
 def figure(path):
     """Curves of all seeds of every algorithm in runs/results/."""
-    curves = {}
-    for algorithm in ("flow_grpo", "dance_grpo"):
-        if os.path.exists(f"runs/results/{algorithm}.json"):
-            with open(f"runs/results/{algorithm}.json") as f:
-                curves |= json.load(f)["curves"]
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for kind, runs in curves.items():
-        for s, points in enumerate(runs):
-            label = None if s else LABELS[kind]
-            axes.plot(*zip(*points), color=COLORS[kind], linewidth=1.3, marker="o", markersize=3, label=label)
-    axes.set_xlabel("minutes of training")
-    axes.set_ylabel("strict accuracy, held-out prompts")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    for axes, (title, algorithms) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+        curves = {}
+        for algorithm in algorithms:
+            if os.path.exists(f"runs/results/{algorithm}.json"):
+                with open(f"runs/results/{algorithm}.json") as f:
+                    curves |= json.load(f)["curves"]
+        for kind, runs in curves.items():
+            for s, points in enumerate(runs):
+                label = None if s else LABELS[kind]
+                axes.plot(*zip(*points), color=COLORS[kind], linewidth=1.3, marker="o", markersize=3, label=label)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("minutes of training")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        if curves:
+            axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("algorithm", choices=["flow_grpo", "dance_grpo"])
+    parser.add_argument("algorithm", choices=sum(PANELS.values(), ()))
     algorithm = parser.parse_args().algorithm
     result = collect(algorithm)
     with open(f"runs/results/{algorithm}.json", "w") as f:
         json.dump(result, f, indent=1)
+        f.write("\n")
     figure("assets/learning_curves.png")
     if algorithm == "flow_grpo":
         strip("assets/before_after.png", "assets/tiny-flux", "outputs/flow_grpo-seed1/model")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RL = ["flow_grpo.py", "dance_grpo.py"]
+RL = ["flow_grpo.py", "dance_grpo.py", "rloo.py", "remax.py"]
 SCRIPTS = [*RL, "pretrain.py"]
 SHARED = ["models", "rewards", "kernels", "data"]
 PAIRS = list(itertools.combinations(RL, 2))
@@ -22,7 +22,21 @@ DIFFERENT_FIELDS = {
     "out": "names the script's own folder",
     "seed": "says what is random in this script",
     "noise_level": "the strength of another noise",
+    "prompts": "names the sources that the script's models can use",
+    "group_size": "remax.py has a greedy sample besides",
+    "micro_batch_size": "says what a tile is made of",
+    "mask_truncated": "says what a truncated sample still counts in",
+    "clip_eps": "the ratio of a denoising step, or of tokens",
+    "importance_clip": "at the level of the ratio, of which remax.py has one",
+    "kl_coef": "per latent dim in the loss, or per sample in the reward",
+    "eval_size": "pictures, or answers to all held-out prompts",
+    "keep_unsharded": "language models always sample with gathered parameters",
 }
+
+
+def kind(script):
+    """What a script trains: a model of tokens or of pictures."""
+    return "lm" if "--lm" in source(script) else "model"
 
 
 def source(script):
@@ -92,7 +106,8 @@ def test_lists_of_scripts_are_complete():
 def test_functions_of_one_name_are_one_code(a, b):
     of_a, of_b = functions(source(a)), functions(source(b))
     common = of_a.keys() & of_b.keys() - DIFFERENT_FUNCTIONS
-    assert {"checkpointed", "save", "check_stop", "evaluate", "log"} <= common  # those inside main, too
+    assert {"checkpointed", "save", "check_stop", "total", "log"} <= common  # those inside main, too
+    assert any(name.startswith("evaluate") for name in common) == (kind(a) == kind(b))
     for name in sorted(common):
         assert of_a[name] == of_b[name], f"{name} in {a} and {b}"
 
