@@ -82,6 +82,8 @@ class Args:
     rollout: Literal["transformers", "vllm"] = "transformers"
     """what samples: the trained weights themselves, or a vLLM engine on every GPU that gets them after every
     iteration"""
+    vllm_memory: float = 0.4
+    """share of the GPU's memory that vLLM takes for its copy of the weights and its cache"""
     rollout_batch_size: int = 0
     """completions that are sampled side by side (0 = all of an iteration, and of an evaluation as many)"""
     max_new_tokens: int = 4
@@ -301,7 +303,7 @@ def main(args: Args):
         with parallel.clear_errors():
             if ema:
                 raise ValueError("--rollout vllm samples with the trained weights: --ema-decay must be 0")
-            sampler = vllm.load(model, args.lm, args.max_new_tokens)
+            sampler = vllm.load(model, memory_fraction=args.vllm_memory)
 
     def checkpointed():
         """Everything that training changes, by name."""
