@@ -114,7 +114,7 @@ class Args:
     learning_rate: float = 2e-4
     """AdamW learning rate"""
     warmup_updates: int = 5
-    """optimizer steps of linear learning-rate warm-up"""
+    """optimizer steps of linear learning-rate warm-up (0 = none)"""
     decay_iterations: int = 240
     """iterations over which the learning rate falls, linearly, to a tenth, where it stays (0 = constant)"""
     weight_decay: float = 1e-4
@@ -609,7 +609,9 @@ def main(args: Args):
                 if math.isfinite(grad_norm):
                     fallen = 0.9 * min(1.0, iteration / (args.decay_iterations or math.inf))
                     for group in optimizer.param_groups:
-                        group["lr"] = args.learning_rate * min(1 - fallen, (state["updates"] + 1) / args.warmup_updates)
+                        group["lr"] = args.learning_rate * min(
+                            1 - fallen, (state["updates"] + 1) / max(1, args.warmup_updates)
+                        )
                     optimizer.step()
                     state["updates"] += 1
                     state["skipped_in_a_row"] = 0

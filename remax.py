@@ -6,7 +6,7 @@ policy but not on the sample, so the gradient is unbiased without a critic and, 
 per prompt. The greedy row sits in the batch of the samples, at temperature 0, and is not trained on.
 
     A_it = reward(x, y_i) - reward(x, y_greedy) - kl_coef sum_{s >= t} (logp_is - ref_logp_is)
-    loss = mean_i sum_t max(-A_it ratio_it, -A_it clip(ratio_it, 1 +- clip_eps)),   ratio_it = exp(logp_it - old_logp_it)
+    loss = mean_i sum_t max(-A_it ratio_it, -A_it clip(ratio_it, 1 +- clip_eps)),  ratio_it = exp(logp_it - old_logp_it)
 
 With one update per rollout, as in the paper, the ratio is 1 and this is -A_it logp_it. The KL penalty counts from its
 token on (reward to go); the paper's code takes each token's own only. Left out: its discount and its clip of rewards.
@@ -109,7 +109,7 @@ class Args:
     learning_rate: float = 3e-5
     """AdamW learning rate"""
     warmup_updates: int = 5
-    """optimizer steps of linear learning-rate warm-up"""
+    """optimizer steps of linear learning-rate warm-up (0 = none)"""
     decay_iterations: int = 0
     """iterations over which the learning rate falls, linearly, to a tenth, where it stays (0 = constant)"""
     weight_decay: float = 0.0
@@ -161,7 +161,7 @@ def recipe(lm):
     if lm == "tiny-qwen":
         return Args()
     if lm == "tiny-qwen-vl":
-        return Args(lm=lm, reward=("shapes_qa",), prompts="shapes-qa")
+        return Args(lm=lm, reward=("shapes_qa",), prompts="shapes-qa", num_prompts=128, learning_rate=1e-4)
     # GSM8K: verl's example for ReMax, 512 prompts of 4 samples an iteration and 4 updates. The instruction is ours.
     return Args(
         lm=lm,
@@ -204,6 +204,17 @@ def rollout(sampler, prompts, max_new_tokens, temperature_B, seed_B):
     missing = max_new_tokens - out["ids"].shape[1]
     ids, mask, logps = (torch.nn.functional.pad(out[name].cpu(), (0, missing)) for name in ("ids", "mask", "logps"))
     return ids, mask, logps, out["truncated"].cpu()
+
+
+def score_texts(scores, texts, rows, strict=False):
+    """Every reward of a batch, fp32 [batch, R]; with `strict`, also the strict form of those that have one, as last
+    columns."""
+    samples = {"text": texts}
+    if rows[0]["image"] is not None:
+        samples["source"] = [np.asarray(row["image"].convert("RGB")) for row in rows]
+    prompts, metadata = [row["prompt"] for row in rows], [row["metadata"] for row in rows]
+    forms = [*scores.values(), *(score.strict for score in scores.values() if strict and score.strict)]
+    return torch.stack([form(samples, prompts, metadata) for form in forms], dim=1)
 
 
 def replay(model, prompts, ids_BL, mask_BL, tile, temperature):
@@ -253,6 +264,10 @@ def main(args: Args):
                 "--num-prompts --micro-batch-size --num-updates --max-new-tokens --eval-every --save-every must be at "
                 "least 1"
             )
+        if min(args.rollout_batch_size, args.eval_size, args.eval_num_samples, args.warmup_updates) < 0:
+            raise ValueError(
+                "--rollout-batch-size --eval-size --eval-num-samples --warmup-updates must not be negative"
+            )
         B = args.num_prompts * args.group_size
         if args.group_size < 1 or not args.temperature > 0:
             raise ValueError(
@@ -271,6 +286,8 @@ def main(args: Args):
         pictured = [part[0]["image"] is not None for part in (train_set, eval_set)]
         for score in scores.values():
             rewards.check_needs(score, ("text", "source") if all(pictured) else ("text",))
+        for part in (train_set, eval_set):  # what a verifier misses in the metadata is found here
+            score_texts(scores, [""], [part[0]], strict=True)
         model = models.load_lm(
             args.lm,
             world.device,
@@ -291,11 +308,11 @@ def main(args: Args):
     trained = parallel.trained(model.parts)
     # beta2 .99: a run has a few hundred updates, and gradients change with what is still wrong.
     optimizer = torch.optim.AdamW(
-        trained.values(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay
+        trained.values(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
     )
     ema = parallel.EMA(trained) if args.ema_decay > 0 else None
     eval_size = min(args.eval_size or len(eval_set), len(eval_set))
-    rollout_size = args.rollout_batch_size or B
+    rollout_size = args.rollout_batch_size or args.num_prompts * (args.group_size + 1)
     sampler = model
     if args.rollout == "vllm":
         from models import vllm
@@ -345,16 +362,6 @@ def main(args: Args):
             texts = [ask(row, args.instruction) for row in rows]
             return model.encode(texts, args.max_new_tokens, [row["image"] for row in rows] if any(pictured) else None)
 
-    def score_texts(texts, rows, strict=False):
-        """Every reward of a batch, fp32 [batch, R]; with `strict`, also the strict form of those that have one, as last
-        columns."""
-        samples = {"text": texts}
-        if all(pictured):
-            samples["source"] = [np.asarray(row["image"].convert("RGB")) for row in rows]
-        prompts, metadata = [row["prompt"] for row in rows], [row["metadata"] for row in rows]
-        forms = [*scores.values(), *(score.strict for score in scores.values() if strict and score.strict)]
-        return torch.stack([form(samples, prompts, metadata) for form in forms], dim=1)
-
     def total(reward_BR):
         """Weighted sum of the rewards; NaN where one of them failed."""
         return reward_BR[:, : len(weights)] @ torch.tensor(list(weights.values()))
@@ -380,7 +387,7 @@ def main(args: Args):
             )
             parts.append(part)
             texts += model.decode(*part[:2])
-            futures.append(scorer.submit(score_texts, texts[-len(batch) :], [rows[i] for i in batch], strict))
+            futures.append(scorer.submit(score_texts, scores, texts[-len(batch) :], [rows[i] for i in batch], strict))
         return *(torch.cat(tensors) for tensors in zip(*parts)), texts, futures
 
     def evaluate_texts():
@@ -397,7 +404,8 @@ def main(args: Args):
             _, mask_BL, _, truncated_B, texts, futures = sample(
                 rows_B, prompts, temperature_B, seed_B, True, "evaluate"
             )
-        judged = torch.cat([future.result() for future in futures])
+        with parallel.clear_errors():
+            judged = torch.cat([future.result() for future in futures])
         shown = rows[:16], texts[: 16 * K : K], total(judged)[: 16 * K : K].tolist()
         judged = torch.cat([judged, mask_BL.sum(1, keepdim=True), truncated_B[:, None]], dim=1).unflatten(0, (-1, K))
         judged = parallel.all_gather(judged.masked_fill((mine >= eval_size)[:, None, None], math.nan))
@@ -468,7 +476,8 @@ def main(args: Args):
 
             # 2) Reward: what is still being scored is waited for
             started = time.perf_counter()
-            reward_NR = torch.cat([future.result() for future in futures])
+            with parallel.clear_errors():
+                reward_NR = torch.cat([future.result() for future in futures])
             all_NR = parallel.all_gather(reward_NR)
             for r, name in enumerate(scores):
                 if all_NR[:, r].isnan().all():
@@ -498,7 +507,7 @@ def main(args: Args):
             adv_BL = greedy_baseline_advantage(reward_N, args.group_size, args.kl_coef * kl_BL)
 
             # 4) Loss and 5) Update
-            sums, grad_norms, on_policy_errs = [], [], []
+            sums, grad_norms, on_policy_errs, mismatches = [], [], [], []
             for share, tiles in zip(shares, tiles_of):
                 count = len(share) if args.normalizer == "samples" else trained_BL[share].sum().item()
                 normalizer = max(1.0, parallel.all_gather(torch.tensor([float(count)])).sum().item())
@@ -521,13 +530,17 @@ def main(args: Args):
                         of_tokens = [(x * mask).sum() for x in (clipped, ratio, entropy_BL, mask)]
                         sums.append(torch.stack([loss.sum() / normalizer, *of_tokens]))
                         if not grad_norms:
-                            on_policy_errs.append((logp_BL - rollout_logp).abs().max())
+                            gap = logp_BL - rollout_logp  # 0 where the mask is 0
+                            on_policy_errs.append(gap.abs().max())
+                            mismatches.append(torch.stack([(gap.expm1() - gap).sum(), mask.sum()]))
                 grad_norm = parallel.clip_grad_norm(trained.values(), args.max_grad_norm)
                 grad_norms.append(grad_norm)
                 if math.isfinite(grad_norm):
                     fallen = 0.9 * min(1.0, iteration / (args.decay_iterations or math.inf))
                     for group in optimizer.param_groups:
-                        group["lr"] = args.learning_rate * min(1 - fallen, (state["updates"] + 1) / args.warmup_updates)
+                        group["lr"] = args.learning_rate * min(
+                            1 - fallen, (state["updates"] + 1) / max(1, args.warmup_updates)
+                        )
                     optimizer.step()
                     state["updates"] += 1
                     state["skipped_in_a_row"] = 0
@@ -547,6 +560,7 @@ def main(args: Args):
             of_tiles = parallel.all_gather(torch.stack(sums).cpu()).sum(dim=0)
             loss, num_clipped, sum_ratio, sum_entropy, num_tokens = of_tiles.tolist()
             on_policy_err = parallel.all_gather(torch.stack(on_policy_errs).cpu()).max().item()
+            mismatch, num_first = parallel.all_gather(torch.stack(mismatches).cpu()).sum(dim=0).tolist()
             of_samples = parallel.all_gather(torch.stack([length_B, truncated_B, kl_BL.sum(dim=1)], dim=1))
             length, truncated_frac, kl = of_samples.mean(dim=0).tolist()
             reward_PG1 = parallel.all_gather(reward_N).view(-1, G1)
@@ -562,6 +576,7 @@ def main(args: Args):
                 clipfrac=num_clipped / max(1.0, num_tokens),
                 ratio=sum_ratio / max(1.0, num_tokens),
                 on_policy_err=on_policy_err,
+                mismatch_kl=mismatch / max(1.0, num_first),
                 grad_norm=sum(grad_norms) / len(grad_norms),
                 zero_std_frac=(std_P < 1e-6).float().mean().item(),
                 nan_reward_frac=reward_PG1.isnan().float().mean().item(),

@@ -20,6 +20,7 @@ import unicodedata
 
 import torch
 from PIL import Image
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import models
 from kernels.linear_logp import IGNORE, linear_logp
@@ -39,6 +40,7 @@ PROCESSOR_FILES = [
     "processor_config.json",
     "chat_template.json",
 ]
+BLOCK = 256  # tokens of the vocabulary that are drawn as one, before one of them is
 SYNC_EVERY = 8  # tokens between two questions to the device whether all rows have ended
 
 
@@ -299,11 +301,9 @@ class Qwen:
         Parameters stay gathered from the first token on (memory of one copy in the compute dtype), so ranks communicate
         nothing per token and may end at different lengths.
         """
-        from transformers import DynamicCache
-
         lm, B = self.parts["lm"], len(prompt_ids)
         temperature, greedy = self._temperature(temperature, B)
-        inverse_temperature = 1 / temperature
+        inverse_temperature, greedy = 1 / temperature, greedy if greedy.any() else None
         lengths = [len(ids) for ids in prompt_ids]
         if min(lengths, default=0) == 0 or max_new_tokens < 1:
             raise ValueError("generate needs prompts that are not empty and max_new_tokens >= 1")
@@ -324,7 +324,7 @@ class Qwen:
         lm.eval()
         try:
             with parallel.unsharded(self.parts, keep=True):
-                cache, attention_mask = DynamicCache(config=lm.config), visible[:, :P].long()
+                cache, attention_mask = _cache(lm.config, P + max_new_tokens), visible[:, :P].long()
                 position_ids = positions[..., :P]
                 for j in range(max_new_tokens):
                     inputs = dict(attention_mask=attention_mask, position_ids=position_ids, visual=visual)
@@ -515,6 +515,32 @@ def _forward(
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
+class _Layer(DynamicLayer):
+    """Keys and values of a decoder layer, in memory for `length` tokens from the first on: DynamicLayer copies all of
+    them for every token, which is most of what a large batch moves."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.whole = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states)]
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        for whole, new in zip(self.whole, (key_states, value_states)):
+            whole[:, :, start:end] = new
+        self.keys, self.values = (whole[:, :, :end] for whole in self.whole)
+        return self.keys, self.values
+
+
+def _cache(config, length):
+    """An empty cache for `length` tokens; layers that do not attend to all of them keep transformers' own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_Layer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def _uniform(seeds, length):
     """fp64 [B, length] in [0, 1): number j of a row is words 0 and 1 of the Philox counter (j, 0, 0, 0) under the key
     (low, high 32 bits of seed). 48 bits, so that its product with a sum stays below the sum."""
@@ -527,15 +553,28 @@ def _uniform(seeds, length):
 
 def _sample(z, uniform, greedy):
     """Token int64 [B] and its log-prob fp32 [B] under softmax(z), z fp32 [B, V]: the inverse of the cumulative
-    distribution at `uniform`, or the largest logit in greedy rows.
+    distribution at `uniform`, or the largest logit in greedy rows (greedy None: there are none).
 
-    One random number a token; Gumbel-max would take V. Sums are fp64: in fp32 the tail of 150,000 tokens would be lost.
+    One random number a token; Gumbel-max would take V. First a block of columns is drawn by its mass, then a token in
+    it; only these two cumulative sums are fp64, in which the tail of 150,000 tokens is not lost, and not V wide.
+    exp and the sum of a block are fp32: the probability of every token, however small, is right to some 1e-6 of it,
+    which is what fp32 logits leave of it.
     """
-    z = z.double()
-    z -= z.amax(1, keepdim=True)
-    cumulative = z.exp().cumsum(1)
+    V = z.shape[1]
+    z = z - z.amax(1, keepdim=True)
+    p = z.exp()
+    whole = p[:, : V // BLOCK * BLOCK].unflatten(1, (V // BLOCK, BLOCK))
+    masses = torch.cat([whole.sum(2), p[:, V // BLOCK * BLOCK :].sum(1, keepdim=True)], dim=1).double()
+    cumulative = masses.cumsum(1)
     total = cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
-    drawn = drawn.clamp(max=z.shape[1] - 1)  # only logits of NaN can end past the last
-    token = torch.where(greedy[:, None], z.argmax(1, keepdim=True), drawn)
+    rest = uniform[:, None] * total
+    block = torch.searchsorted(cumulative, rest, right=True).clamp(max=masses.shape[1] - 1)  # past the last only if NaN
+    rest = (rest - (cumulative - masses).gather(1, block)) / masses.gather(1, block)
+    columns = block * BLOCK + torch.arange(BLOCK, device=z.device)
+    inside = p.gather(1, columns.clamp(max=V - 1)).double().masked_fill(columns >= V, 0.0).cumsum(1)
+    # Below the sum, so that no token of probability 0 is drawn.
+    rest = rest.clamp(0.0, 1 - 2.0**-50) * inside[:, -1:]
+    token = (block * BLOCK + torch.searchsorted(inside, rest, right=True)).clamp(max=V - 1)
+    if greedy is not None:
+        token = torch.where(greedy[:, None], z.argmax(1, keepdim=True), token)
     return token[:, 0], (z.gather(1, token) - total.log())[:, 0].float()

@@ -48,6 +48,7 @@ REWARDS = {
     "format": Reward("format:load", ("text",)),
     "think_format": Reward("format:load_think", ("text",)),
     "math": Reward("math:load", ("text",), package="math_verify"),
+    "shapes_qa": Reward("shapes_qa:load", ("text",)),
     "ocr": Reward("ocr:load", package="rapidocr", licence="Apache-2.0"),
     "pickscore": Reward(
         "pickscore:load", ("image",), ("yuvalkirstain/PickScore_v1/model.safetensors", _CLIP_H), 3.9, "not stated"

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data import make_prompts
-from data.prompts import images, load, order
+from data.prompts import _choose, images, load, order
 
 DATA = make_prompts.FOLDER
 FILES = ["scenes.txt", "ocr.txt", "geneval_train.jsonl", "edits.jsonl"]
@@ -29,6 +30,26 @@ def png(colour, mode="RGB"):
     return buffer.getvalue()
 
 
+def rows_to_file(folder, suffix, rows):
+    path = folder / f"rows.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def hub(folder, monkeypatch, name):
+    """The folder of a data set's files in the hub's cache, in its own layout, with no connection to more."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    repo, commit = folder / f"datasets--{name.replace('/', '--')}", "0" * 40
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    return repo / "snapshots" / commit
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -40,7 +61,14 @@ def png(colour, mode="RGB"):
         ("a.jsonl", b'{"prompt": "fine"}\n{"prompt": \n', 2, "expected a JSON object, got {"),
         ("a.jsonl", b'["prompt"]\n', 1, 'expected a JSON object, got ["prompt"]'),
         ("a.jsonl", b"[" * 100_000, 1, "expected a JSON object"),
-        ("a.jsonl", b'{"text": "a dog"}\n', 1, "expected a key \"prompt\", got only ['text']"),
+        ("a.jsonl", b'{"text": "a dog"}\n', 1, 'expected a key "prompt", "question" or "problem", got only [\'text\']'),
+        ("a.jsonl", b'{"question": "x", "answer": 1}\n{"question": "y", "hint": ""}\n', 2, "got only ['hint']"),
+        ("a.jsonl", b'{"problem": "x", "answer": null}\n', 1, 'expected "answer" or "solution" beside "problem"'),
+        ("a.jsonl", b'{"question": "x", "answer": [1]}\n', 1, 'beside "question" to be text or a number, got [1]'),
+        ("a.jsonl", b'{"question": "x", "answer": true}\n', 1, "to be text or a number, got True"),
+        ("a.jsonl", b'{"question": "x", "answer": NaN}\n', 1, "to be text or a number, got nan"),
+        ("a.jsonl", b'{"question": "x", "answer": " ", "solution": "2"}\n', 1, "to be text or a number, got ' '"),
+        ("a.jsonl", b'{"prompt": [{"role": "user"}], "answer": 1}\n', 1, "chat messages are not supported"),
         ("a.jsonl", b'{"prompt": 3}\n', 1, "expected the prompt to be text, got 3"),
         ("a.jsonl", b'{"prompt": null}\n', 1, "expected the prompt to be text, got None"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": " \\n\\u3000"}\n', 2, "expected a prompt, got blank text"),
@@ -65,14 +93,15 @@ def test_empty_file_is_an_error(tmp_path, name, content):
 
 
 def test_wrong_source_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"'\.csv'; known: \.txt .*\.jsonl .*\.parquet, hub:owner/name#column, shapes"):
+    with pytest.raises(ValueError, match=r"'\.csv'; known: \.txt .*\.jsonl .*\.parquet, hub:.*#column, shapes"):
         load(write(tmp_path, "a.csv", "x"))
     with pytest.raises(FileNotFoundError, match="missing.txt: no such file"):
         load(tmp_path / "missing.txt")
     with pytest.raises(ValueError, match='expected split "train", "eval" or "all", got \'test\''):
         load(DATA / "ocr.txt", split="test")
-    with pytest.raises(ValueError, match="expected hub:owner/name#column, got hub:owner/name"):
-        load("hub:owner/name")
+    for source in ("hub:name", "hub:owner/", "hub:owner/name#", "hub:owner/name:#text", "hub:owner/name/config:"):
+        with pytest.raises(ValueError, match=f"expected hub:owner/name or .*, got {source}$"):
+            load(source)
 
 
 def test_hub_offline_error_names_the_id_and_the_way_out(monkeypatch, tmp_path):
@@ -161,7 +190,7 @@ def test_parquet_round_trip(tmp_path):
 
 def test_parquet_errors(tmp_path):
     pq.write_table(pa.table({"caption": ["x"], "size": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="a.parquet: expected a column 'prompt', got the columns caption, size"):
+    with pytest.raises(ValueError, match="a.parquet: expected a column 'prompt', .*got the columns caption, size"):
         load(tmp_path / "a.parquet")
     pq.write_table(pa.table({"prompt": ["x", "y", " ", "z"]}), tmp_path / "b.parquet", row_group_size=2)
     with pytest.raises(ValueError, match="b.parquet:3: expected a prompt, got blank text"):
@@ -183,15 +212,9 @@ def test_parquet_errors(tmp_path):
 
 
 def test_hub_reads_cached_train_files(tmp_path, monkeypatch):
-    """A snapshot in the cache's own layout: two train files are one set, the test file stays out."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    commit = "0" * 40
-    folder = tmp_path / "datasets--some--set" / "snapshots" / commit / "data"
-    folder.mkdir(parents=True)
-    refs = tmp_path / "datasets--some--set" / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(commit)
+    """Two train files are one set, the test file stays out."""
+    folder = hub(tmp_path, monkeypatch, "some/set") / "data"
+    folder.mkdir()
     for name, texts in {"train-0": ["a", "b"], "train-1": ["c"], "test-0": ["d"]}.items():
         pq.write_table(pa.table({"caption": texts, "id": [name] * len(texts)}), folder / f"{name}.parquet")
     prompts = load("hub:some/set#caption", "all")
@@ -202,6 +225,177 @@ def test_hub_reads_cached_train_files(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match="expected a column 'text', got the columns caption, id"):
         load("hub:some/set#text")
+
+
+def test_hub_chooses_config_and_split(tmp_path, monkeypatch):
+    """The layout of openai/gsm8k: two configs, each with train and test."""
+    folder = hub(tmp_path, monkeypatch, "openai/gsm8k")
+    for config in ("main", "socratic"):
+        (folder / config).mkdir()
+        for split in ("train", "test"):
+            table = {"question": [f"{config} {split} {i}" for i in range(2)], "answer": ["2+2\n#### 4", "#### 5"]}
+            pq.write_table(pa.table(table), folder / config / f"{split}-00000-of-00001.parquet")
+    for config in ("main", "socratic"):
+        for split in ("train", "test"):
+            expected = [f"{config} {split} {i}" for i in range(2)]
+            assert texts_of(load(f"hub:openai/gsm8k/{config}:{split}", "all")) == expected
+        assert texts_of(load(f"hub:openai/gsm8k/{config}", "all")) == [f"{config} train {i}" for i in range(2)]
+    assert texts_of(load("hub:openai/gsm8k/*:test#answer", "all")) == ["2+2\n#### 4", "#### 5"] * 2
+    assert load("hub:openai/gsm8k/main", "all")[0]["metadata"] == {"answer": "2+2\n#### 4"}
+    for source in ("hub:openai/gsm8k", "hub:openai/gsm8k:test", "hub:openai/gsm8k#question"):
+        with pytest.raises(ValueError, match=f"{source}: it has the configs main, socratic; expected one, as in hub:"):
+            load(source)
+    with pytest.raises(ValueError, match="hub:openai/gsm8k: cannot get its parquet.*not in the local cache"):
+        load("hub:openai/gsm8k/main:validation")
+    # What an earlier download did not get is known to be missing where huggingface_hub keeps the list (since 2).
+    names = [f"main/train-0000{i}-of-00002.parquet" for i in range(2)] + ["other/train.parquet"]
+    for name in names[:1] + names[2:]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"question": ["q"], "answer": [1]}), folder / name)
+    (folder.parents[1] / "trees").mkdir()
+    tree = {"format_version": 1, "files": {name: {"size": 1, "blob_id": "0" * 40} for name in names}}
+    (folder.parents[1] / "trees" / f"{folder.name}.json").write_text(json.dumps(tree))
+    assert texts_of(load("hub:openai/gsm8k/other", "all")) == ["q"]
+    if hasattr(huggingface_hub, "get_cached_repo_tree"):
+        with pytest.raises(ValueError, match="not in the local cache, and no connection"):
+            load("hub:openai/gsm8k/main")
+
+
+def test_hub_reads_json_lines(tmp_path, monkeypatch):
+    """HuggingFaceH4/MATH-500 is one test.jsonl; several files are one set, also for random access."""
+    folder = hub(tmp_path, monkeypatch, "some/MATH")
+    lines = [{"problem": f"é {i}", "solution": f"\\boxed{{{i}}}", "answer": f"{i}", "level": i} for i in range(5)]
+    write(folder, "test-0.jsonl", "\n".join(map(json.dumps, lines[:2])) + "\n\n")
+    write(folder, "test-1.jsonl", "\ufeff" + "\n".join(map(json.dumps, lines[2:])))
+    for source in ("hub:some/MATH", "hub:some/MATH:test", "hub:some/MATH/default:test"):
+        prompts = load(source, "all")
+        for i in (4, 0, 2, 3, 1):
+            assert {"problem": prompts[i]["prompt"], **prompts[i]["metadata"]} == lines[i]
+    prompts = load("hub:some/MATH#solution", "all")
+    assert prompts[3]["prompt"] == "\\boxed{3}" and prompts[3]["metadata"]["problem"] == "é 3"
+    with pytest.raises(ValueError, match=r'test-0.jsonl:1: expected a key "text", got only'):
+        load("hub:some/MATH#text")
+    write(folder, "test-1.jsonl", '{"problem": "a", "answer": 1}\n\n{"problem": "b"}')
+    with pytest.raises(ValueError, match=r'test-1.jsonl:3: expected "answer" or "solution" beside "problem"'):
+        load("hub:some/MATH")
+
+
+def test_hub_conversion_comes_before_json_lines(tmp_path, monkeypatch):
+    folder = hub(tmp_path, monkeypatch, "some/set")
+    write(folder, "train.jsonl", '{"text": "from the JSON lines"}')
+    converted = folder.parent / ("1" * 40) / "default" / "train"
+    converted.mkdir(parents=True)
+    (folder.parents[1] / "refs" / "refs" / "convert").mkdir(parents=True)
+    (folder.parents[1] / "refs" / "refs" / "convert" / "parquet").write_text("1" * 40)
+    pq.write_table(pa.table({"text": ["converted"]}), converted / "0000.parquet")
+    assert texts_of(load("hub:some/set#text", "all")) == ["converted"]
+    with pytest.raises(ValueError, match="set:test: expected a config and a split with files, got none .*train.jsonl"):
+        load("hub:some/set:test")
+
+
+@pytest.mark.parametrize(
+    "names, config, split, chosen, configs",
+    [
+        ("data/train-0 data/train-1 data/test-0", "", "", "data/train-0 data/train-1", "default"),
+        ("data/train-0 data/test-0", "default", "test", "data/test-0", "default"),
+        ("a b", "", "", "a b", "default"),
+        ("a b", "", "test", "", ""),
+        ("default/train/0000 default/test/0000", "", "", "default/train/0000", "default"),  # the hub's conversion
+        ("default/partial-train/0000 default/test/0000", "", "train", "default/partial-train/0000", "default"),
+        ("train_sft-0 train_gen-0", "", "train_sft", "train_sft-0", "default"),
+        ("train_sft-0 test_sft-0", "", "train", "train_sft-0", "default"),
+        ("train-0 train_extra-0", "", "", "train-0", "default"),
+        ("gsm8k_train gsm8k_test", "", "test", "gsm8k_test", "default"),
+        ("latest/0 contest/train", "", "test", "", ""),  # part of a word only
+        ("math-test/train", "", "test", "", ""),  # the name of a config is not that of a split
+        ("trainset testset", "", "", "trainset", "default"),
+        ("a/test b/train", "", "test", "a/test", "a"),
+        ("a/train b/train c/test", "", "", "a/train b/train", "a b"),
+        ("wiki/en/train wiki/de/train", "wiki/de", "", "wiki/de/train", "wiki/de"),
+        ("a/train b/train", "*", "", "a/train b/train", "*"),
+    ],
+)
+def test_hub_files_of_config_and_split(names, config, split, chosen, configs):
+    got = _choose([f"{name}.parquet" for name in names.split()], config, split)
+    assert got == ([f"{name}.parquet" for name in chosen.split()], configs.split())
+
+
+# ------------------------------------------------------------------------------------------------------- math problems
+
+GSM8K = [
+    {
+        "question": "A farm has 60 sheep,\nthen\t12 hundred more. How many?\n",
+        "answer": "12*100=<<12*100=1200>>1200\n60+1200=<<60+1200=1260>>1260\n#### 1,260",
+    },
+    {"question": "What is 7 - 9?", "answer": "7-9=-2\n#### -2"},
+]
+MATH = [
+    {
+        "problem": "Solve\n\\[\n  \\frac{x}{2} = \\tfrac14, \\quad x > 0.\n\\]  Give $x$ \\& no more.",
+        "level": "Level 1",
+        "solution": "From \\boxed{x/2 = 1/4}\nwe get $x=\\boxed{\\frac{1}{2}}$.",
+    },
+    {"problem": "The name of the centre?", "level": "Level 5", "solution": "It is $\\boxed{\\text{Omega}}$."},
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_math_files_agree_with_the_reward(tmp_path, suffix):
+    score = pytest.importorskip("rewards").load("math", "cpu")
+    right = [["so 60 + 1200 = 1260", "#### -2"], ["thus \\boxed{0.5}", "<answer>\\text{Omega}</answer>"]]
+    wrong = [["60 of 1,260 are 1200", "\\boxed{2}"], ["x/2 = 1/4 = \\boxed{\\frac14}", "\\boxed{\\text{Alpha}}"]]
+    for lines, good, bad in zip((GSM8K, MATH), right, wrong):
+        prompts = load(rows_to_file(tmp_path, suffix, lines), "all")
+        rows = [prompts[i] for i in range(len(prompts))]
+        field = "question" if lines is GSM8K else "problem"
+        assert [row["prompt"] for row in rows] == [line[field].strip() for line in lines]  # LaTeX, newlines: as it was
+        for row, line in zip(rows, lines):
+            kept = {key: value for key, value in line.items() if key != field}
+            assert row["metadata"] == {"answer": line.get("solution"), **kept}
+        metadata, texts = [row["metadata"] for row in rows], texts_of(prompts)
+        assert score({"text": good}, texts, metadata).tolist() == [1, 1]
+        assert score({"text": bad}, texts, metadata).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_math_fields_by_precedence(tmp_path, suffix):
+    lines = [
+        {"prompt": "p", "question": "q", "problem": "r", "answer": "1", "solution": "s"},
+        {"prompt": "p2", "question": "q2", "problem": "r2", "answer": None, "solution": "s2"},
+    ]
+    prompts = load(rows_to_file(tmp_path, suffix, lines), "all")
+    assert [prompts[i]["prompt"] for i in range(2)] == ["p", "p2"]
+    assert prompts[0]["metadata"] == {"question": "q", "problem": "r", "answer": "1", "solution": "s"}
+    assert prompts[1]["metadata"] == {"question": "q2", "problem": "r2", "answer": "s2", "solution": "s2"}
+    chat = [{"prompt": [{"role": "user", "content": "c"}], "problem": "r", "answer": 7}]
+    prompts = load(rows_to_file(tmp_path, suffix, chat), "all")
+    assert prompts[0]["prompt"] == "r" and prompts[0]["metadata"]["answer"] == 7
+    prompts = load(rows_to_file(tmp_path, suffix, [{"question": "q", "problem": "r", "answer": 0.5}]), "all")
+    assert prompts[0] == {"prompt": "q", "metadata": {"problem": "r", "answer": 0.5}, "image": None}
+    prompts = load(rows_to_file(tmp_path, suffix, [{"prompt": "p", "tag": "t"}]), "all")
+    assert prompts[0]["metadata"] == {"tag": "t"}  # no answer, no error: not a problem file
+
+
+def test_math_parquet_errors(tmp_path):
+    path = rows_to_file(tmp_path, "parquet", [{"question": "q", "answer": "1"}, {"question": "q", "answer": None}])
+    with pytest.raises(ValueError, match='parquet:2: expected "answer" or "solution" beside "question", got only'):
+        load(path)
+    path = rows_to_file(tmp_path, "parquet", [{"problem": "q", "level": 2, "answer": ["1"]}])
+    with pytest.raises(ValueError, match='parquet:1: expected "answer" or "solution" beside "problem"'):
+        load(path)
+    path = rows_to_file(tmp_path, "parquet", [{"prompt": [{"role": "user", "content": "c"}], "solution": "1"}])
+    with pytest.raises(ValueError, match="expected text in column 'prompt', got list.*chat messages are not supported"):
+        load(path)
+
+
+def test_math_test_split_stays_out_of_training(tmp_path, monkeypatch):
+    folder = hub(tmp_path, monkeypatch, "some/math") / "main"
+    folder.mkdir()
+    for split, texts in {"train": ["a", "b\nb", "c"], "test": [" b\nb", "d"]}.items():
+        pq.write_table(pa.table({"question": texts, "answer": ["1"] * len(texts)}), folder / f"{split}.parquet")
+    test = "hub:some/math/main:test"
+    assert texts_of(load("hub:some/math/main:train", "train", eval_source=test)) == ["a", "c"]
+    assert texts_of(load("hub:some/math/main:train", "eval", eval_source=test)) == ["b\nb", "d"]
 
 
 # --------------------------------------------------------------------------------------------------------------- split
