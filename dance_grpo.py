@@ -54,7 +54,7 @@ class Args:
     """rewards, name or name:weight or http://host:port/name:weight, summed; `python -m rewards` lists them"""
     prompts: str = "shapes"
     """training prompts: shapes or shapes#tag,tag, shapes-edit, a .txt, .jsonl or .parquet file, or
-    hub:owner/name#column; models that edit take the picture of each prompt from there too"""
+    hub:owner/name/config:split#column; models that edit take the picture of each prompt from there too"""
     eval_prompts: str = "shapes#single_object,two_object,counting,colors"
     """held-out prompts, same forms (empty = a tenth of --prompts, chosen by hash and never trained on)"""
     out: str = ""

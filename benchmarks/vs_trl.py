@@ -225,7 +225,6 @@ def run_trl(folder, iterations):
 
 def run(side, folder, args):
     """Start one run and return what it measured."""
-    # Threads that spin while they wait would take the cores from each other where other programs run.
     env = os.environ | dict(OMP_NUM_THREADS=str(args.threads), HF_HUB_OFFLINE="1")
     command = [sys.executable, os.path.abspath(__file__), "--side", side, "--folder", folder]
     done = subprocess.run([*command, "--iterations", str(args.iterations)], capture_output=True, text=True, env=env)

@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import os
 import unicodedata
+from contextlib import ExitStack
 
 import torch
 from PIL import Image
@@ -323,12 +324,14 @@ class Qwen:
         was_training = lm.training
         lm.eval()
         try:
-            with parallel.unsharded(self.parts, keep=True):
+            with parallel.unsharded(self.parts, keep=True), ExitStack() as stack:
                 cache, attention_mask = _cache(lm.config, P + max_new_tokens), visible[:, :P].long()
                 position_ids = positions[..., :P]
                 for j in range(max_new_tokens):
                     inputs = dict(attention_mask=attention_mask, position_ids=position_ids, visual=visual)
                     logits = lm(input_ids, cache=cache, **inputs)
+                    if j == 0:
+                        stack.enter_context(parallel.without_hooks(self.parts))
                     token, logp = _sample(logits * inverse_temperature[:, None], uniform[:, j], greedy)
                     ids[:, j] = torch.where(finished, ids[:, j], token)
                     logps[:, j] = torch.where(finished, 0.0, logp)

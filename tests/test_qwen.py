@@ -473,6 +473,32 @@ def test_two_ranks_equal_one(folder, options, tmp_path):
 # Errors
 
 
+def hooks_of_fsdp(folder):
+    model = qwen.load(folder, "cpu", torch.float32, chat=False)
+    lm, world = model.parts["lm"], parallel.init()
+    parallel.shard(lm, model.blocks(lm), world, torch.float32)
+    calls = []
+    model.blocks(lm)[0].register_forward_hook(lambda *_: calls.append(1))
+    modules = parallel.fsdp_modules(model.parts)
+    before = [(list(m._forward_pre_hooks.items()), list(m._forward_hooks.items())) for m in modules]
+    with torch.profiler.profile() as profile:
+        out = model.generate(model.encode(["1+1=", "20+3="]), 6, 1.0, torch.arange(2))
+    events = {e.key: e.count for e in profile.key_averages()}
+    after = [(list(m._forward_pre_hooks.items()), list(m._forward_hooks.items())) for m in modules]
+    model.logps([[3, 4], [5]], out["ids"], out["mask"], 1.0).sum().backward()
+    with pytest.raises(ZeroDivisionError), parallel.unsharded(model.parts), parallel.without_hooks(model.parts):
+        1 / 0
+    last = [(list(m._forward_pre_hooks.items()), list(m._forward_hooks.items())) for m in modules]
+    trained = all(p.grad is not None for p in parallel.trained(model.parts).values())
+    return len(calls), events["FSDP::root_pre_forward"], before == after == last, trained
+
+
+def test_hooks_of_fsdp_rest_after_the_first_token(untied):
+    calls, gathers, restored, trained = processes.run(hooks_of_fsdp, untied)[0]
+    assert calls == 6 + 1  # a hook that is not FSDP's runs at every token, and in training
+    assert gathers == 1 and restored and trained
+
+
 def test_generate_refuses_bad_input(untied):
     model = load(untied)
     prompt_ids = model.encode(TEXTS[:1])
