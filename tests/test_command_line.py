@@ -15,12 +15,15 @@ import processes
 import pytest
 import torch
 
+import dance_grpo
 import flow_grpo
 import pretrain
+import remax
+import rloo
 from models import parallel, run_folder
 
 ROOT = Path(flow_grpo.__file__).parent
-SCRIPTS = [flow_grpo, pretrain]
+SCRIPTS = [flow_grpo, dance_grpo, rloo, remax, pretrain]
 TINY = (
     "--num-prompts 2 --group-size 4 --micro-batch-size 4 --num-steps 3 --eval-num-steps 2 --eval-size 4 --eval-every 2"
 )
@@ -221,7 +224,7 @@ def test_every_flag_is_read_and_explained(script, capsys):
     for name, text in zip(names, arguments.body[1::2]):
         assert f"--{name.replace('_', '-')}" in shown
         assert " ".join(text.value.value.split())[:40] in shown, name
-    assert shown.count("(default: ") >= len(names) - 1 and "(default: 32)" in shown
+    assert shown.count("(default: ") >= len(names) - 1 and f"(default: {script.Args().num_iterations})" in shown
     assert "out/" not in shown and "REQUIRED" not in shown.upper()
 
 
