@@ -16,6 +16,7 @@ from test_rloo import (
     check_draws,
     check_errors,
     check_evaluation,
+    check_importance_weights,
     check_nan_gradients,
     check_nan_rewards,
     check_on_policy,
@@ -277,3 +278,7 @@ def test_recipe_is_chosen_by_the_model():
     assert (8 * gsm8k.num_prompts, gsm8k.group_size, gsm8k.num_updates) == (512, 4, 4)
     pictures = remax.recipe("tiny-qwen-vl")
     assert (pictures.lm, pictures.reward, pictures.prompts) == ("tiny-qwen-vl", ("shapes_qa",), "shapes-qa")
+
+
+def test_samples_of_another_engine_are_weighted(tmp_path):
+    check_importance_weights("remax", tmp_path)

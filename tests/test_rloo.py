@@ -20,7 +20,7 @@ import rewards
 import rloo
 from data import prompts as prompt_data
 from kernels.sde_step import fold_seed
-from models import parallel, run_folder
+from models import parallel, run_folder, vllm
 from rloo import leave_one_out_advantage, overlong_penalty, sequence_pg_loss, token_pg_loss
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -702,6 +702,63 @@ def test_accuracy_of_answers_about_pictures_rises(tmp_path):
 def test_accuracy_does_not_rise_with_shuffled_rewards(tmp_path):
     before, after = processes.run(learn, "rloo", tmp_path, True)[0]
     assert after - before < 0.05, (before, after)  # two standard errors; four runs: from -.13 to .00
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# samples of another engine
+
+
+class Shifted:
+    """Samples of the policy with log-probs that are off by `shift` nats a token, as another engine's would be."""
+
+    def __init__(self, model, shift):
+        self.model, self.shift, self.updates = model, shift, 0
+
+    def update(self, model):
+        self.updates += 1
+
+    def generate(self, *args):
+        out = self.model.generate(*args)
+        return out | {"logps": out["logps"] + self.shift * out["mask"]}
+
+
+def gradients_of_shifted(name, folder, cases):
+    """(gradient, row, updates of the engine) of one iteration for every (shift, changes)."""
+    recorded, found = record_updates(), []
+    use_reward(lambda texts, prompts: [float(text[:1] in "13579") for text in texts])  # for a single token, too
+    for n, (shift, changes) in enumerate(cases):
+        engines = []
+        vllm.load = lambda model, memory_fraction: engines.append(Shifted(model, shift)) or engines[0]
+        with_engine = {} if shift is None else dict(rollout="vllm")
+        row = train(name, folder / f"run{n}", num_prompts=8, **with_engine, **changes)[0]
+        found.append((recorded.pop()[1], row, engines[0].updates if engines else None))
+    return found
+
+
+def check_importance_weights(name, tmp_path, **token):
+    """Token by token the weight is exp(-shift), at most the clip; by default in rloo.py it is that of all tokens."""
+    one = dict(max_new_tokens=1)  # of which a sample has one
+    cases = [(None, token), (0.7, token), (-0.4, token), (-2.0, token), (None, one), (0.7, one), (-2.0, one)]
+    found = processes.run(gradients_of_shifted, name, tmp_path, cases)[0]
+    for at, plain, weight in (
+        (1, 0, math.exp(-0.7)),
+        (2, 0, math.exp(0.4)),
+        (3, 0, 2.0),
+        (5, 4, math.exp(-0.7)),
+        (6, 4, 2.0),
+    ):
+        assert distance(found[at][0], weight * found[plain][0]) < 1e-5, cases[at]
+        shift, row = cases[at][0], found[at][1]
+        assert row["on_policy_err"] == pytest.approx(abs(shift), abs=1e-4)
+        assert row["mismatch_kl"] == pytest.approx(math.expm1(-shift) + shift, abs=1e-3)
+        assert found[at][2] == 2  # before the iteration, and before the evaluation at the end
+
+
+def test_samples_of_another_engine_are_weighted(tmp_path):
+    check_importance_weights("rloo", tmp_path, ratio="token")
+    cases = [(0.7, dict(ratio="token")), (0.7, {})]
+    token, sequence = (gradient for gradient, _, _ in processes.run(gradients_of_shifted, "rloo", tmp_path, cases)[0])
+    assert distance(sequence, token) > 0.1  # exp of the sum over a sample's tokens, of which there are 2 to 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
