@@ -18,6 +18,7 @@ Resume:        python remax.py --resume outputs/remax-...
 The whole algorithm is in this file, top to bottom: rollout, reward, advantage, loss, update.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -277,6 +278,8 @@ def main(args: Args):
             raise ValueError(f"--num-updates {args.num_updates} must divide the {B} samples of an iteration")
         if not 0 <= args.overlong_buffer < args.max_new_tokens:
             raise ValueError(f"--overlong-buffer {args.overlong_buffer} must be less than --max-new-tokens")
+        if args.rollout == "vllm" and args.ema_decay > 0:
+            raise ValueError("--rollout vllm samples with the trained weights: --ema-decay must be 0")
         eval_source = args.eval_prompts or None
         train_set = prompt_data.load(args.prompts, "train", eval_source=eval_source)
         eval_set = prompt_data.load(args.prompts, "eval", eval_source=eval_source)
@@ -318,8 +321,6 @@ def main(args: Args):
         from models import vllm
 
         with parallel.clear_errors():
-            if ema:
-                raise ValueError("--rollout vllm samples with the trained weights: --ema-decay must be 0")
             sampler = vllm.load(model, memory_fraction=args.vllm_memory)
 
     def checkpointed():
@@ -357,10 +358,13 @@ def main(args: Args):
             raise parallel.Stopped
 
     def encode(rows):
-        """Token ids of each prompt, and what the model sees of its picture."""
+        """Token ids of each prompt, and what the model sees of its picture; neighbours that are one row share them."""
+        groups = [list(group) for _, group in itertools.groupby(rows, key=id)]
+        texts = [ask(group[0], args.instruction) for group in groups]
+        images = [group[0]["image"] for group in groups] if any(pictured) else None
         with parallel.clear_errors():
-            texts = [ask(row, args.instruction) for row in rows]
-            return model.encode(texts, args.max_new_tokens, [row["image"] for row in rows] if any(pictured) else None)
+            prompts = model.encode(texts, args.max_new_tokens, images)
+        return [prompt for prompt, group in zip(prompts, groups) for _ in group]
 
     def total(reward_BR):
         """Weighted sum of the rewards; NaN where one of them failed."""
@@ -376,19 +380,16 @@ def main(args: Args):
                 logp_BL[tile, : logp.shape[1]] = logp.cpu()
         return logp_BL
 
-    def sample(rows, prompts, temperature_B, seed_B, strict, desc):
-        """Completions of every prompt, and their rewards, which are scored while the next ones are sampled: (ids, mask,
-        logps, truncated as `rollout` gives them, texts, futures of rewards)."""
-        parts, texts, futures = [], [], []
+    def sample(rows, temperature_B, seed_B, strict, desc):
+        """A completion of the prompt of every row, in batches, each scored while the next one is sampled. Yields of
+        each its prompts, what `rollout` returns, the texts, and the future of their rewards."""
         for batch in tqdm(torch.arange(len(rows)).split(rollout_size), desc=desc, leave=False, disable=not master):
             check_stop()
-            part = rollout(
-                sampler, [prompts[i] for i in batch], args.max_new_tokens, temperature_B[batch], seed_B[batch]
-            )
-            parts.append(part)
-            texts += model.decode(*part[:2])
-            futures.append(scorer.submit(score_texts, scores, texts[-len(batch) :], [rows[i] for i in batch], strict))
-        return *(torch.cat(tensors) for tensors in zip(*parts)), texts, futures
+            of_batch = [rows[i] for i in batch]
+            prompts = encode(of_batch)
+            part = rollout(sampler, prompts, args.max_new_tokens, temperature_B[batch], seed_B[batch])
+            texts = model.decode(*part[:2])
+            yield prompts, part, texts, scorer.submit(score_texts, scores, texts, of_batch, strict)
 
     def evaluate_texts():
         """Greedy answers to fixed held-out prompts, and sampled ones if there are to be any, with the averaged weights
@@ -399,14 +400,13 @@ def main(args: Args):
         seed_B = fold_seed(0, EVAL, mine[:, None], torch.arange(K)).flatten()
         temperature_B = torch.tensor([0.0] + [args.temperature] * args.eval_num_samples).repeat(len(rows))
         rows_B = [row for row in rows for _ in range(K)]
-        prompts = [prompt for prompt in encode(rows) for _ in range(K)]
         with ema.applied() if ema else nullcontext():
-            _, mask_BL, _, truncated_B, texts, futures = sample(
-                rows_B, prompts, temperature_B, seed_B, True, "evaluate"
-            )
+            batches = [batch[1:] for batch in sample(rows_B, temperature_B, seed_B, True, "evaluate")]
+        parts, texts, futures = zip(*batches)
+        _, mask_BL, _, truncated_B = map(torch.cat, zip(*parts))
         with parallel.clear_errors():
             judged = torch.cat([future.result() for future in futures])
-        shown = rows[:16], texts[: 16 * K : K], total(judged)[: 16 * K : K].tolist()
+        shown = rows[:16], sum(texts, [])[: 16 * K : K], total(judged)[: 16 * K : K].tolist()
         judged = torch.cat([judged, mask_BL.sum(1, keepdim=True), truncated_B[:, None]], dim=1).unflatten(0, (-1, K))
         judged = parallel.all_gather(judged.masked_fill((mine >= eval_size)[:, None, None], math.nan))
         greedy = judged[:, 0]
@@ -460,14 +460,13 @@ def main(args: Args):
             G1 = args.group_size + 1
             slot_P = torch.arange(args.num_prompts) + world.rank * args.num_prompts
             picks = prompt_data.order(len(train_set), args.seed, state["cursor"], args.num_prompts * world.size)
-            rows = [train_set[i] for i in picks[slot_P.tolist()] for _ in range(G1)]
-            prompts = [prompt for prompt in encode(rows[::G1]) for _ in range(G1)]
+            rows = [row for i in picks[slot_P.tolist()] for row in [train_set[i]] * G1]
             seed_N = fold_seed(args.seed, SAMPLE, iteration, slot_P[:, None], torch.arange(G1)).flatten()
             temperature_N = torch.tensor([args.temperature] * args.group_size + [0.0]).repeat(args.num_prompts)
-            ids_NL, mask_NL, logp_NL, truncated_N, _, futures = sample(
-                rows, prompts, temperature_N, seed_N, False, "rollout"
-            )
+            prompts, parts, _, futures = zip(*sample(rows, temperature_N, seed_N, False, "rollout"))
+            ids_NL, mask_NL, logp_NL, truncated_N = map(torch.cat, zip(*parts))
             sampled_B = temperature_N.nonzero().squeeze(1)
+            prompts = sum(prompts, [])
             prompts = [prompts[i] for i in sampled_B]
             ids_BL, mask_BL, rollout_logp_BL = ids_NL[sampled_B], mask_NL[sampled_B], logp_NL[sampled_B]
             length_B, truncated_B = mask_BL.sum(dim=1), truncated_N[sampled_B]
