@@ -2,7 +2,7 @@
 One training iteration of rloo.py against one of TRL's RLOOTrainer, on a CPU: seconds and peak memory.
 
     pip install trl                                  # 1.16; nothing else here needs it
-    python benchmarks/vs_trl.py                      # both vocabularies, about half an hour on 4 idle cores
+    python benchmarks/vs_trl.py                      # both vocabularies, about 20 minutes on 4 idle cores
     python benchmarks/vs_trl.py --vocab 2000 --rounds 5
 
 An iteration is rollout, reward, log-probs, loss, backward pass and optimizer step. Both sides get one model folder
@@ -249,7 +249,7 @@ def ratios(vocabulary, ours, trl):
         for name in ("seconds", "cpu", "peak")
     )
     goal = f" (goal: {GOALS[vocabulary]})" if vocabulary in GOALS else ""
-    measured = f"{faster:.2f} times as fast ({cpu:.2f} in CPU time) with {1 / memory:.0%} of the memory"
+    measured = f"{faster:.2f} times as fast ({cpu:.2f} in CPU time) with {1 / memory:.1%} of the memory"
     return f"vocabulary {vocabulary:,}: {measured}{goal}"
 
 
