@@ -346,8 +346,8 @@ def _download(source):
     for revision, kind in (("main", ".parquet"), ("refs/convert/parquet", ".parquet"), ("main", ".jsonl")):
         configs = []
         try:
-            files = [file for file in _list_files(name, revision) if file.endswith(kind)]
-            chosen, configs = _choose(files, config, split)
+            files = [file for file in list_files(name, revision) if file.endswith(kind)]
+            chosen, configs = choose_files(files, config, split)
             found += files
             if chosen and len(configs) == 1:
                 folder = huggingface_hub.snapshot_download(
@@ -377,7 +377,7 @@ def _download(source):
     )
 
 
-def _list_files(name, revision):
+def list_files(name, revision):
     """The paths in a data set of the hub; what the cache has of it where the hub cannot be asked."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -402,7 +402,7 @@ def _list_files(name, revision):
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def _choose(files, config, split):
+def choose_files(files, config, split):
     """Of the paths `files` those of one config and split, and the configs these are of: one, or all that `config` could
     mean. A config is the folders of a file but for data/ and those of a split: main/train-0.parquet is of "main"."""
     a_split = re.compile(r"(partial-)?(train(ing)?|test|val(id(ation)?)?|dev|eval(uation)?)(?![A-Za-z0-9])")

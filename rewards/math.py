@@ -34,13 +34,17 @@ TAIL = 1000  # characters at the end of a reply without any mark in which its an
 
 
 def boxed(text):
-    r"""The content of the last \boxed{...} with balanced braces; None if there is none."""
-    _, mark, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for k, letter in enumerate(rest if mark else ""):
+    r"""The content of the last \boxed{...} or \fbox{...} with balanced braces, or of \boxed 5, which goes up to the
+    next $ sign or line break, as some solutions of MATH have it; None if there is none."""
+    marks = list(re.finditer(r"\\(?:boxed|fbox)\s*", text))
+    rest = text[marks[-1].end() :] if marks else ""
+    if marks and not rest.startswith("{") and marks[-1].group()[-1].isspace():
+        return re.split(r"[$\n]", rest)[0].strip().removesuffix(".") or None
+    depth = 0
+    for k, letter in enumerate(rest):
         depth += (letter == "{") - (letter == "}")
         if depth == 0:
-            return rest[:k].strip()
+            return rest[1:k].strip() if k else None
     return None
 
 

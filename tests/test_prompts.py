@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data import make_prompts
-from data.prompts import _choose, images, load, order
+from data.prompts import choose_files, images, load, order
 
 DATA = make_prompts.FOLDER
 FILES = ["scenes.txt", "ocr.txt", "geneval_train.jsonl", "edits.jsonl"]
@@ -316,7 +316,7 @@ def test_hub_conversion_comes_before_json_lines(tmp_path, monkeypatch):
     ],
 )
 def test_hub_files_of_config_and_split(names, config, split, chosen, configs):
-    got = _choose([f"{name}.parquet" for name in names.split()], config, split)
+    got = choose_files([f"{name}.parquet" for name in names.split()], config, split)
     assert got == ([f"{name}.parquet" for name in chosen.split()], configs.split())
 
 

@@ -207,6 +207,13 @@ def test_math_decides_numbers_and_strings_itself(text, gold, right):
 def test_boxed_takes_the_last_balanced_braces():
     assert maths.boxed(r"\boxed{1} and \boxed{\frac{1}{2}} }") == r"\frac{1}{2}"
     assert maths.boxed(r"\boxed{\sqrt{2}") is None and maths.boxed("{1}") is None
+    # as some solutions of MATH have it
+    assert maths.boxed(r"Hence $x = \boxed 5$, as $4$ is too small.") == "5" and maths.boxed(r"\boxed 10.") == "10"
+    assert (
+        maths.boxed(r"so \fbox{$\frac{1}{3}$} it is") == r"$\frac{1}{3}$" and maths.boxed(r"\boxed{4} \fbox{2}") == "2"
+    )
+    assert maths.boxed(r"\boxed") is None and maths.boxed(r"\boxed ") is None and maths.boxed(r"\boxed5") is None
+    assert maths.judge("5", r"It follows that $x = \boxed 5$.") == 1.0
     assert maths.integer("1,000,000") == 10**6 and maths.integer("1,0000") is None and maths.integer("1{,}000") == 1000
 
 
