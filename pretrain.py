@@ -38,7 +38,8 @@ from models import checkpoint, parallel, run_folder
 
 # Shape suffixes: B images of a tile, C H W latent.
 
-NOISE, SIGMA, DROP, EVAL = range(4)  # what a random number is for: the second key of every seed
+NOISE, SIGMA, DROP, EVAL, EVAL_LOSS = range(5)  # what a random number is for: the second key of every seed
+EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss, taken in turn by the images
 
 
 @dataclass
@@ -129,13 +130,15 @@ class Args:
 # Data and loss
 
 
-def captioned_images(source, train_set, seed, start, count, resolution):
-    """Captions and images (float [0, 1], B 3 H W) `start` .. `start + count` of the endless training stream; a function
-    of its arguments alone. Images of a file are scaled to cover the square and cropped to its centre."""
+def captioned_images(source, prompt_set, seed, start, count, resolution, held_out=False):
+    """Captions and images (float [0, 1], B 3 H W) `start` .. `start + count` of an endless stream; a function of its
+    arguments alone. Of the shapes world those with training captions, or held-out ones. Images of a file are those of
+    `prompt_set`, scaled to cover the square and cropped to its centre."""
     if source == "shapes":
-        pictures, metadata = shapes.pictures(seed, start, count, size=resolution)
+        world = shapes.held_out_prompts() if held_out else shapes.train_prompts()
+        pictures, metadata = shapes.pictures(seed, start, count, world, resolution)
         return [m["prompt"] for m in metadata], torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    rows = [train_set[i] for i in prompt_data.order(len(train_set), seed, start, count)]
+    rows = [prompt_set[i] for i in prompt_data.order(len(prompt_set), seed, start, count)]
     images = []
     for row in rows:
         if row["image"] is None:
@@ -153,12 +156,17 @@ def drop_text(cond, null, drop_B):
     return {k: torch.where(drop_B.view(-1, *[1] * (rows.dim() - 1)), null[k], rows) for k, rows in cond.items()}
 
 
-def flow_matching_loss(model, cond, x0, sigma_B, seed_B):
-    """Mean squared error of the velocity at noise level sigma_B."""
+def squared_error(model, cond, x0, sigma_B, seed_B):
+    """Mean squared error of the velocity of each image at its noise level sigma_B [B]."""
     eps = philox_normal(seed_B, x0.shape[1:])
     sigma = sigma_B.view(-1, 1, 1, 1)
     v = model.velocity((1 - sigma) * x0 + sigma * eps, sigma_B, cond)
-    return F.mse_loss(v.float(), eps - x0)
+    return F.mse_loss(v.float(), eps - x0, reduction="none").mean(dim=(1, 2, 3))
+
+
+def flow_matching_loss(model, cond, x0, sigma_B, seed_B):
+    """What is trained: the mean of it over the tile."""
+    return squared_error(model, cond, x0, sigma_B, seed_B).mean()
 
 
 @torch.no_grad()
@@ -245,8 +253,9 @@ def main(args: Args):
             raise parallel.Stopped
 
     def evaluate():
-        """ODE samples for fixed held-out captions and noise, with the averaged weights if there are any. Returns
-        metrics, and pictures and captions for the grid."""
+        """ODE samples for fixed held-out captions and noise, with the averaged weights if there are any, and where
+        there are held-out images their loss, noise and noise levels fixed too. Returns metrics, and pictures and
+        captions for the grid."""
         mine = torch.arange(math.ceil(args.eval_size / world.size)) * world.size + world.rank  # as many on every rank
         rows = [eval_set[i] for i in prompt_data.order(len(eval_set), 0, 0, int(mine.max()) + 1)[mine]]
         seed_B = fold_seed(0, EVAL, mine)
@@ -267,7 +276,33 @@ def main(args: Args):
                 pictures, captions = (pictures + images)[:16], (captions + prompts)[:16]
         judged = torch.cat(judged).masked_fill((mine >= args.eval_size)[:, None], math.nan)
         mean = parallel.all_gather(judged).nanmean(dim=0).tolist()
-        return dict(zip(("eval_reward", "eval_strict"), mean)) if score else {}, pictures, captions
+        scored = dict(zip(("eval_reward", "eval_strict"), mean)) if score else {}
+        if args.data == "shapes" or rows[0]["image"] is not None:
+            scored["eval_loss"] = evaluate_loss()
+        return scored, pictures, captions
+
+    @torch.no_grad()
+    def evaluate_loss():
+        """Mean flow-matching loss of --eval-size held-out images."""
+        count, losses = math.ceil(args.eval_size / world.size), []
+        first = world.rank * count
+        with ema.applied() if ema else nullcontext(), parallel.unsharded(model.parts, args.keep_unsharded):
+            for index_B in tqdm(
+                torch.arange(first, first + count).split(args.micro_batch_size),
+                desc="validation loss",
+                leave=False,
+                disable=not master,
+            ):
+                check_stop()
+                captions, images = captioned_images(
+                    args.data, eval_set, 0, int(index_B[0]), len(index_B), args.resolution, held_out=True
+                )
+                sigma_B = torch.tensor(EVAL_SIGMAS)[index_B % len(EVAL_SIGMAS)].to(world.device)
+                seed_B = fold_seed(0, EVAL_LOSS, index_B).to(world.device)
+                cond = model.condition(model.encode(captions))
+                loss_B = squared_error(model, cond, model.encode_images(images), sigma_B, seed_B).cpu()
+                losses.append(loss_B.masked_fill(index_B >= args.eval_size, math.nan))
+        return parallel.all_gather(torch.cat(losses)).nanmean().item()
 
     # Training loop
     iteration = state["iteration"]
@@ -337,8 +372,8 @@ def main(args: Args):
                 run_folder.append(run, row)
                 if tracker:
                     tracker.log(row, step=iteration)
-                if "eval_reward" in row or iteration == args.num_iterations:
-                    run_folder.curves(run, ["loss", "grad_norm", "eval_reward", "eval_strict"])
+                if iteration % args.eval_every == 0 or iteration == args.num_iterations:
+                    run_folder.curves(run, [["loss", "eval_loss"], "grad_norm", "eval_reward", "eval_strict"])
                     tqdm.write(" | ".join(f"{k} {v:.4g}" for k, v in row.items()))
                 bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}")
                 bar.update(iteration < args.num_iterations)

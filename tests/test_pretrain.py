@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_resume import assert_same_end, metrics
 
+import models
 import pretrain
 import rewards
 from data import prompts as prompt_data
@@ -222,6 +223,39 @@ def test_stopped_run_goes_on_as_if_it_had_not(tmp_path):
     options = dict(height=32, width=32, num_inference_steps=2, max_sequence_length=12, output_type="np")
     images = pipeline("a red circle", generator=torch.Generator().manual_seed(0), **options).images
     assert images.shape == (1, 32, 32, 3) and np.isfinite(images).all() and images.std() > 0.01
+
+
+def validation_losses(folder, sizes):
+    """eval_loss of untrained and trained weights for every (eval_size, micro_batch_size)."""
+    found = []
+    for n, (eval_size, micro_batch_size) in enumerate(sizes):
+        size = dict(eval_size=eval_size, micro_batch_size=micro_batch_size, batch_size=12)
+        pretrain.main(arguments(folder / f"run{n}", reward="", num_iterations=1, **size))
+        found.append([row["eval_loss"] for row in run_folder.rows(str(folder / f"run{n}")) if "eval_loss" in row])
+    return found
+
+
+def test_validation_loss_is_that_of_held_out_images_at_fixed_noise_levels(tmp_path):
+    (plain, tiles), of_ranks = (
+        processes.run(validation_losses, tmp_path / str(ranks), [(7, 6), (7, 2)], ranks=ranks)[0] for ranks in (1, 2)
+    )
+    model = models.load("tiny-flux", "cpu", torch.float32)
+    captions, images = pretrain.captioned_images("shapes", None, 0, 0, 7, 32, held_out=True)
+    known = {item["prompt"] for item in pretrain.shapes.train_prompts()}
+    assert not known & set(captions)
+    index = torch.arange(7)
+    sigma, seed = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.1, 0.3]), pretrain.fold_seed(0, pretrain.EVAL_LOSS, index)
+    x0, eps = model.encode_images(images), philox_normal(seed, (8, 8, 8))
+    mixed = torch.stack([(1 - s) * x + s * e for s, x, e in zip(sigma.tolist(), x0, eps)])
+    with torch.no_grad():
+        errors = [
+            (model.velocity(mixed[i : i + 1], sigma[i : i + 1], model.encode([captions[i]])) - (eps - x0)[i]).square()
+            for i in range(7)
+        ]
+    assert plain[0] == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
+    for found in (tiles, *of_ranks):  # before the update; two ranks train on twice as many images
+        assert found[0] == pytest.approx(plain[0], rel=1e-5)
+    assert len(plain) == 2 and plain[1] != plain[0] and tiles[1] == pytest.approx(plain[1], rel=1e-5)
 
 
 def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path):
