@@ -38,6 +38,9 @@ LM_ALIASES = {
 # model_type in config.json -> family, by which the scripts choose a recipe
 LM_FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "qwen2_5_vl": "qwen2.5-vl", "qwen3_vl": "qwen3-vl"}
 
+# Unified models: flow model and language model in one, each in a folder of models/blip3o.py
+UNIFIED = {"tiny-blip3o": os.path.join(ASSETS, "tiny-blip3o")}
+
 # pipeline class -> (family, by which the scripts choose a recipe; the file here that loads it)
 PIPELINES = {
     "FluxPipeline": ("flux", "flux"),
@@ -45,13 +48,15 @@ PIPELINES = {
     "Flux2KleinPipeline": ("klein", "flux2"),
     "StableDiffusion3Pipeline": ("sd3", "sd3"),
     "SanaPipeline": ("sana", "sana"),
+    "blip3o": ("blip3o", "blip3o"),  # unified models: the model_type
+    "metaquery": ("metaquery", "blip3o"),
 }
 
 
 def folder_or_id(name, aliases=ALIASES):
     """The folder or hub id behind an alias (of `aliases`: LM_ALIASES for language models); anything else is returned as
     it is. A tiny model that is not shipped is built into assets/ when it is first asked for, from a fixed seed."""
-    source = aliases.get(name, name)
+    source = aliases.get(name) or UNIFIED.get(name, name)
     if os.path.dirname(source) == ASSETS and not os.path.isdir(source):
         from models import tiny
 
@@ -60,11 +65,14 @@ def folder_or_id(name, aliases=ALIASES):
 
 
 def pipeline_class(name):
-    """The class in the `model_index.json` of an alias, folder or hub id, e.g. "FluxPipeline".
+    """The class in the `model_index.json` of an alias, folder or hub id, e.g. "FluxPipeline"; of a unified model its
+    model_type, blip3o or metaquery.
 
     Raises ValueError for a name that is none of the three, RuntimeError where the hub or the licence stands in the way.
     """
     source = folder_or_id(name)
+    if unified(source):
+        return unified(source)["model_type"]
     if os.path.isdir(source):
         index = os.path.join(source, "model_index.json")
         if not os.path.exists(index):
@@ -72,13 +80,24 @@ def pipeline_class(name):
     elif _is_hub_id(source):
         index = hub(source, lambda: _hub_file(source, "model_index.json"))
     else:
-        raise _unknown(name, ALIASES, "diffusers")
+        raise _unknown(name, ALIASES | UNIFIED, "diffusers")
     with open(index) as f:
         return json.load(f)["_class_name"]
 
 
+def unified(name):
+    """config.json of a unified model (models/blip3o.py), as a dict; None for what is not the folder of one."""
+    config = os.path.join(folder_or_id(name), "config.json")
+    if not os.path.isfile(config):
+        return None
+    with open(config) as f:
+        config = json.load(f)
+    return config if config.get("model_type") in PIPELINES else None
+
+
 def family(name):
-    """flux, kontext, klein, sd3 or sana: known of an alias, for anything else by its pipeline class.
+    """flux, kontext, klein, sd3 or sana: known of an alias, for anything else by its pipeline class; blip3o or
+    metaquery for the folder of a unified model.
 
     Raises what `pipeline_class` raises, and ValueError for a pipeline that is not supported.
     """
@@ -103,7 +122,7 @@ def load_lm(name, device, dtype, **options):
     models/qwen.py's `load`. Raises what that raises, and ValueError for a name that is none of the three."""
     from models import qwen
 
-    source = folder_or_id(name, LM_ALIASES)
+    source = _lm_source(name)
     if not os.path.isdir(source) and not _is_hub_id(source):
         raise _unknown(name, LM_ALIASES, "transformers")
     return qwen.load(source, device, dtype, **options)
@@ -123,7 +142,7 @@ def lm_family(name):
 
 def model_type(name):
     """`model_type` in the config.json of a language model, e.g. "qwen2_5_vl". Raises what `lm_family` raises."""
-    source = folder_or_id(name, LM_ALIASES)
+    source = _lm_source(name)
     if os.path.isdir(source):
         config = os.path.join(source, "config.json")
         if not os.path.exists(config):
@@ -148,6 +167,21 @@ def _unknown(name, aliases, layout):
         f"unknown model '{name}'{f', did you mean {hint[0]}?' if hint else ''}: "
         f"expected one of {', '.join(aliases)}, a folder in {layout} layout, or a hub id owner/name"
     )
+
+
+def _lm_source(name):
+    """The folder or hub id of a language model by its name, or by that of the unified model that it is part of."""
+    source = folder_or_id(name, LM_ALIASES)
+    config = unified(source)
+    while config and "base" in config:
+        if "lm" in config["adapts"]:
+            raise ValueError(f"'{source}': its adapter changes the language model too; load it as --model")
+        source = folder_or_id(config["base"])
+        config = unified(source)
+    if config is None:
+        return source
+    lm = config["lm"]
+    return os.path.join(source, lm[2:]) if lm.startswith("./") else folder_or_id(lm, LM_ALIASES)
 
 
 def _supported(name):

@@ -694,6 +694,15 @@ def sana_pipeline(
     )
 
 
+def blip3o_folder(folder, variant="blip3o", lm="tiny-qwen-vl", sana="tiny-sana", num_queries=16, seed=0):
+    """Write the folder of an untrained unified model (models/blip3o.py) on other tiny models; the defaults are
+    tiny-blip3o. Its language model answers questions about pictures, it cannot draw. The same seed gives the same
+    weights."""
+    from models import blip3o
+
+    blip3o.create(folder, lm, sana, variant, num_queries, image_tokens=64, num_layers=2, head_dim=32, seed=seed)
+
+
 def init_transformer(transformer):
     """Initialise for training from nothing as DiT does (arXiv 2212.09748, section 3.2): Xavier weights, zero
     modulation, zero output, so that every block starts as the identity."""
@@ -983,7 +992,7 @@ def make_qwen_vl(folder, seed=0, num_iterations=1000, num_tower_iterations=300, 
 
 
 def build(alias, folder):
-    """Write the untrained pipeline of a tiny alias to `folder`, always the same one. Ranks and runs may do it at the
+    """Write the untrained model of a tiny alias to `folder`, always the same one. Ranks and runs may do it at the
     same time: the folder appears complete or not at all."""
     pipelines = {
         "tiny-kontext": kontext_pipeline,
@@ -993,7 +1002,10 @@ def build(alias, folder):
     }
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     part = tempfile.mkdtemp(prefix=f".{alias}-", dir=os.path.dirname(folder))
-    pipelines[alias]().save_pretrained(part)
+    if alias == "tiny-blip3o":
+        blip3o_folder(part)
+    else:
+        pipelines[alias]().save_pretrained(part)
     os.chmod(part, 0o755)
     try:
         os.rename(part, folder)
