@@ -41,7 +41,7 @@ from models import checkpoint, memory, parallel, run_folder
 # denoising steps, K trained steps of them (the window), C H W latent. What has K + 1 entries in dim K is the states
 # around the trained steps.
 
-NOISE, STEP, WINDOW, ORDER, EVAL = range(5)  # what a random number is for: the second key of every seed
+NOISE, STEP, WINDOW, ORDER, EVAL, REFERENCE = range(6)  # what a random number is for: the second key of every seed
 CURVES = [["reward", "eval_reward"], "eval_strict", "reward_std", "kl", "ratio", "clipfrac", "grad_norm"]  # panels
 
 
@@ -100,6 +100,8 @@ class Args:
     guidance: float = 1.0
     """text guidance, embedded or classifier-free as the model has it, in rollout, replay and evaluation alike (1 =
     off)"""
+    image_guidance: float = 1.0
+    """guidance on the picture to edit, of unified models (1 = off)"""
 
     advantage_std: Literal["group", "global"] = "global"
     """advantages are divided by the std of their group, or of all samples of the iteration"""
@@ -219,11 +221,32 @@ def recipe(model):
         advantage_std="global",
         lora_rank=32,
     )
+    blip3o = replace(
+        flux,
+        num_prompts=1,
+        group_size=8,
+        micro_batch_size=2,
+        num_updates=1,
+        num_steps=10,
+        eval_num_steps=30,
+        sampler="flow_sde",
+        noise_level=0.7,
+        window_size=0,
+        window_range=(0, 0),
+        resolution=1024,
+        clip_eps=1e-4,
+        kl_coef=4e-3,
+        learning_rate=1e-5,
+        lora_rank=0,
+    )
     return {
         "flux": flux,
         "sd3": sd3,
         # SANA: nobody published one for GRPO; SD3's, at SANA's own resolution (1,024 tokens, as many as SD3 at 512 px).
         "sana": replace(sd3, resolution=1024),
+        # BLIP3o: UniRL-Zero's t2i, a prompt per GPU. MetaQuery: nobody published one.
+        "blip3o": blip3o,
+        "metaquery": blip3o,
         # FLUX.1-Kontext-dev: Flow-GRPO's counting_flux_kontext.
         "kontext": replace(
             flux,
@@ -364,6 +387,10 @@ def main(args: Args):
                 "--group-size must be at least 2 and --noise-level positive: "
                 "one sample has no advantage, and an ODE no log-prob"
             )
+        if args.image_guidance != 1 and models.family(args.model) not in ("blip3o", "metaquery"):
+            raise ValueError(
+                f"--image-guidance {args.image_guidance}: --model {args.model} has none, only unified models"
+            )
         eval_source = args.eval_prompts or None
         train_set = prompt_data.load(args.prompts, "train", eval_source=eval_source)
         eval_set = prompt_data.load(args.prompts, "eval", eval_source=eval_source)
@@ -418,7 +445,7 @@ def main(args: Args):
     trained = parallel.trained(model.parts)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, weight_decay=args.weight_decay)
     ema = parallel.EMA(trained) if args.ema_decay > 0 else None
-    guidance = (args.guidance, 1.0)
+    guidance = (args.guidance, args.image_guidance)
 
     def checkpointed():
         """Everything that training changes, by name."""
@@ -479,7 +506,8 @@ def main(args: Args):
             for start in tqdm(range(0, len(rows), tile_size), desc="evaluate", leave=False, disable=not master):
                 check_stop()
                 tile = slice(start, start + tile_size)
-                cond = model.encode([row["prompt"] for row in rows[tile]], prompt_data.images(rows[tile], *size))
+                prompts, sources = [row["prompt"] for row in rows[tile]], prompt_data.images(rows[tile], *size)
+                cond = model.encode(prompts, sources, seeds=seed_B[tile])
                 x, _, _ = rollout(model, cond, model.init_noise(seed_B[tile], *size), eval_schedule, guidance)
                 images = run_folder.to_uint8(model.decode(x))
                 futures.append(scorer.submit(score_tile, images, rows[tile], True))
@@ -532,7 +560,9 @@ def main(args: Args):
             slot_P = torch.arange(args.num_prompts) + world.rank * args.num_prompts
             picks = prompt_data.order(len(train_set), args.seed, state["cursor"], args.num_prompts * world.size)
             rows = [train_set[i] for i in picks[slot_P.tolist()]]
-            cond_P = model.encode([row["prompt"] for row in rows], prompt_data.images(rows, *size))
+            seed_P = fold_seed(args.seed, REFERENCE, iteration, slot_P)  # of the noise in pictures to edit
+            sources = prompt_data.images(rows, *size)
+            cond_P = model.encode([row["prompt"] for row in rows], sources, seeds=seed_P)
             seed_PG = fold_seed(args.seed, NOISE, iteration, slot_P[:, None], torch.arange(args.group_size))
             seed_B = seed_PG.flatten().to(world.device)
             start_B = seed_PG[:, :1].expand_as(seed_PG).flatten().to(world.device) if args.shared_noise else seed_B

@@ -288,6 +288,8 @@ def _pipeline(source, dtype):
         family, kind, components = "kontext", "FluxKontextPipeline", _flux_dev()
     else:
         family, folder = models.family(source), source
+        if family not in MODELS:
+            raise ValueError(f"--dry-run knows no unified models yet, and --model {source} is one")
         if not os.path.isdir(source):
             from huggingface_hub import snapshot_download
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import os
 
@@ -11,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
+import flow_grpo
 import models
 from kernels.sde_step import fold_seed, philox_normal
-from models import blip3o, checkpoint, parallel, qwen, tiny
+from models import blip3o, checkpoint, parallel, qwen, run_folder, tiny
 from tests import processes
 
 VARIANTS = ["blip3o", "metaquery"]
@@ -756,3 +758,33 @@ def test_errors(folders, tmp_path):
         models.load_lm(export(adapted, tmp_path / "adapter"), "cpu", torch.float32)
     with pytest.raises(ValueError, match="unknown variant 'blip': expected one of blip3o, metaquery"):
         blip3o.create(tmp_path / "none", str(folders / "lm"), str(folders / "sana"), "blip")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In a script
+
+
+def train_edits(out):
+    seen, encode = [], blip3o.BLIP3o.encode
+
+    def encode_and_record(model, prompts, images=None, negative=None, seeds=None):
+        cond = encode(model, prompts, images, negative, seeds)
+        seen.append((seeds, cond["reference"]))
+        return cond
+
+    blip3o.BLIP3o.encode = encode_and_record
+    size = dict(num_iterations=2, num_prompts=2, group_size=3, micro_batch_size=6, eval_size=2, num_updates=1)
+    guided = dict(guidance=2.0, image_guidance=1.5, kl_coef=0.1, reward=("jpeg",))
+    args = flow_grpo.recipe("tiny-blip3o")
+    edits = dict(prompts="shapes-edit", eval_prompts="shapes-edit")
+    flow_grpo.main(dataclasses.replace(args, out=out, eval_every=2, save_every=2, **edits, **size, **guided))
+    return seen, run_folder.rows(out)
+
+
+def test_triple_guidance_and_noisy_references_are_replayed(tmp_path):
+    seen, rows = processes.run(train_edits, str(tmp_path / "run"))[0]
+    assert [row["on_policy_err"] for row in rows[:2]] == [0.0, 0.0] and rows[0]["kl"] == 0.0
+    assert all(row["grad_norm"] > 0 for row in rows[:2])
+    (first, at_first), (_, one), (_, two), (last, at_last) = seen  # evaluation, two iterations, evaluation
+    assert torch.equal(first, last) and torch.equal(at_first, at_last) and not torch.equal(one, two)
+    assert len({seed for seeds, _ in seen[:3] for seed in seeds.tolist()}) == 6

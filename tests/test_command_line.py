@@ -112,6 +112,8 @@ def test_wrong_flow_grpo_flags_are_one_message(tmp_path):
         (["--num-updates", "3"], "whose number --num-updates 3 divides"),
         (["--group-size", "1", "--micro-batch-size", "1"], "--group-size must be at least 2"),
         (["--noise-level", "0"], "--noise-level positive"),
+        (["--image-guidance", "1.5"], "--image-guidance 1.5: --model tiny-flux has none, only unified models"),
+        (["--model", "tiny-blip3o", "--dry-run"], "--dry-run knows no unified models yet, and --model "),
         (["--sigma-schedule", "single"], "--sigma-schedule single: only sd3 models have one"),
         (["--prompts", "shapes-edit"], "--prompts have images and --model makes pictures from text"),
         (["--model", "tiny-kontext", "--prompts", "shapes"], "--model edits pictures and --prompts have none"),
