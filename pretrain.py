@@ -151,8 +151,15 @@ def captioned_images(source, prompt_set, seed, start, count, resolution, held_ou
     return [row["prompt"] for row in rows], torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
+def null_text(model, cond):
+    """What stands for no text in each row of a condition: the null rows that guidance takes, which are part of it, or
+    where the model has guidance of another kind the empty caption's."""
+    null = {name.removesuffix("_null"): rows for name, rows in cond.items() if name.endswith("_null")}
+    return cond | (null or model.encode([""]))
+
+
 def drop_text(cond, null, drop_B):
-    """Condition rows with those of `null` (one row) where drop_B is true."""
+    """Condition rows with those of `null` (one row, or as many) where drop_B is true."""
     return {k: torch.where(drop_B.view(-1, *[1] * (rows.dim() - 1)), null[k], rows) for k, rows in cond.items()}
 
 
@@ -267,7 +274,8 @@ def main(args: Args):
                 tile = rows[start : start + args.micro_batch_size]
                 prompts, metadata = [row["prompt"] for row in tile], [row["metadata"] for row in tile]
                 noise = model.init_noise(seed_B[start : start + args.micro_batch_size], *size)
-                images = model.decode(sample(model, model.encode(prompts), noise, sigmas, (args.guidance, 1.0)))
+                cond = model.condition(model.encode(prompts))
+                images = model.decode(sample(model, cond, noise, sigmas, (args.guidance, 1.0)))
                 images = run_folder.to_uint8(images)
                 columns = [score({"image": images}, prompts, metadata)] if score else [torch.zeros(len(images))]
                 if score and score.strict:
@@ -335,13 +343,12 @@ def main(args: Args):
                     )
                     index_B = torch.arange(index, index + args.micro_batch_size)
                     drop_B = (fold_seed(args.seed, DROP, index_B) % 2**24 < args.text_dropout * 2**24).to(world.device)
-                    cond = drop_text(model.encode(prompts), model.encode([""]), drop_B)
+                    cond = model.condition(model.encode(prompts))
+                    cond = drop_text(cond, null_text(model, cond), drop_B)
                     logit_B = philox_normal(fold_seed(args.seed, SIGMA, index_B), (1,))[:, 0]
                     sigma_B = (args.sigma_mean + args.sigma_std * logit_B).sigmoid().to(world.device)
                     seed_B = fold_seed(args.seed, NOISE, index_B).to(world.device)
-                    loss = flow_matching_loss(
-                        model, model.condition(cond), model.encode_images(images), sigma_B, seed_B
-                    )
+                    loss = flow_matching_loss(model, cond, model.encode_images(images), sigma_B, seed_B)
                     (loss / num_tiles).backward()
                     losses.append(loss.detach())
                 grad_norm = parallel.clip_grad_norm(trained.values(), args.max_grad_norm)

@@ -92,6 +92,23 @@ def test_drop_text_replaces_rows_by_the_empty_caption():
         assert torch.equal(found[name], torch.stack([null[name][0], *cond[name][1:3], null[name][0]]))
 
 
+def test_null_text_is_the_one_that_guidance_takes():
+    model = models.load("tiny-flux", "cpu", torch.float32)
+    cond, empty = model.encode(["a red circle", "two blue squares"]), model.encode([""])
+    null = pretrain.null_text(model, cond)
+    for name in ("t5", "clip"):
+        assert torch.equal(null[name].expand_as(cond[name])[:1], empty[name]) and not torch.equal(
+            cond[name][:1], empty[name]
+        )
+    model.embedded_guidance = True  # then there are no null rows
+    cond = model.encode(["a red circle", "two blue squares"])
+    assert cond.keys() == {"t5", "clip"} and torch.equal(pretrain.null_text(model, cond)["t5"], empty["t5"])
+    model = models.load("tiny-blip3o", "cpu", torch.float32)
+    cond = model.condition(model.encode(["a red circle", "two blue squares"]))
+    dropped = pretrain.drop_text(cond, pretrain.null_text(model, cond), torch.tensor([False, True]))
+    assert torch.equal(dropped["text"][0], cond["text"][0]) and not dropped["text"][1].any() and cond["text"][1].any()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # loss and sampler, in closed form
 
@@ -274,3 +291,23 @@ def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path):
     gradients = [name for name in one if name.endswith("/exp_avg")]  # after one update: a tenth of the gradient
     a, b = (torch.cat([tensors[name].flatten() for name in gradients]) for tensors in (one, two))
     assert a.norm() > 0 and (a - b).norm() < 1e-5 * a.norm()
+
+
+def train_unified(folder, ranks):
+    size = dict(
+        batch_size=16 // ranks, micro_batch_size=4, num_iterations=12, eval_size=16, eval_every=12, save_every=12
+    )
+    options = dict(
+        model="tiny-blip3o", reward="", learning_rate=2e-3, warmup_updates=1, text_dropout=0.3, ema_decay=0.0
+    )
+    pretrain.main(arguments(folder / f"run{ranks}", **size | options))
+    return run_folder.rows(str(folder / f"run{ranks}"))
+
+
+def test_unified_model_learns_on_one_and_two_ranks(tmp_path):
+    one, two = (processes.run(train_unified, tmp_path, ranks, ranks=ranks)[0] for ranks in (1, 2))
+    assert one[-1]["eval_loss"] < 0.9 * one[0]["eval_loss"]
+    for a, b in ((one[0], two[0]), (one[1], two[1])):  # the first update, and the loss behind it
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-3
+        )
