@@ -501,7 +501,7 @@ def test_exported_full_model_has_the_compute_dtype(plain, tmp_path):
 def test_unknown_alias_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown model 'tiny-flx', did you mean tiny-flux.*expected one of flux, "):
         load("tiny-flx")
-    known = ", ".join(models.ALIASES)
+    known = ", ".join(models.ALIASES | models.UNIFIED)
     for name in ("/no/such/folder", "./none", "~/none", "a/b/c"):
         with pytest.raises(ValueError, match=f"unknown model '{name}': expected one of {known}, a folder"):
             load(name)

@@ -40,7 +40,7 @@ def test_ratios_are_those_of_neighbours_in_time(vs_trl):
     ours = [dict(seconds=s, cpu=1.0, peak=100) for s in (1.0, 5.0, 10.0)]
     trl = [dict(seconds=s, cpu=1.5, peak=400) for s in (2.0, 15.0, 20.0)]
     text = vs_trl.ratios(7, ours, trl)
-    assert text == "vocabulary 7: 2.00 times as fast (1.50 in CPU time) with 25% of the memory"
+    assert text == "vocabulary 7: 2.00 times as fast (1.50 in CPU time) with 25.0% of the memory"
     assert "at least 1.3 times" in vs_trl.ratios(2000, ours, trl)
 
 
