@@ -547,7 +547,7 @@ def main(args: Args):
                             torch.stack([loss.sum() / normalizer, *of_ratio, (entropy_BL * mask).sum(), mask.sum()])
                         )
                         if not grad_norms:
-                            gap = logp_BL - rollout_logp  # 0 where the mask is 0
+                            gap = (logp_BL - rollout_logp) * mask
                             on_policy_errs.append(gap.abs().max())
                             mismatches.append(torch.stack([(gap.expm1() - gap).sum(), mask.sum()]))
                 grad_norm = parallel.clip_grad_norm(trained.values(), args.max_grad_norm)

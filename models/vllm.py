@@ -9,8 +9,8 @@ vLLM as the sampler of a language model, behind the same `generate` as that of m
 Every rank has an engine of its own, in its own process and on its own GPU, beside the policy that is trained there.
 Engines know nothing of each other: a rank may generate more, or longer, than the next.
 
-What vLLM computes is not bit for bit what the policy computes: other kernels and other batches. For tiny-qwen on the
-CPU its log-probs differ from Qwen.logps by at most 1e-5 nats in fp32, and by 0.004 on average and 0.05 at most in bf16.
+What vLLM computes is not bit for bit what the policy computes: other kernels and other batches (numbers for its CPU
+build: benchmarks/RESULTS.md).
 A script that trains on such samples weighs them with exp(logp of the policy - logp returned here).
 
 Written for vLLM 0.32.0 and run with its CPU build on 1 and 2 ranks (tests/test_vllm.py); not run on a GPU yet. The CPU
