@@ -132,6 +132,16 @@ def double(model):
     return model
 
 
+def same_weights(a, b):
+    """Whether two models have the same weights, to the bit. Their outputs need not be: where in memory a file's weights
+    come to lie decides on some processors how a product is summed."""
+    tensors = [
+        {f"{name}.{key}": t for name, part in model.parts.items() for key, t in part.state_dict().items()}
+        for model in (a, b)
+    ]
+    return tensors[0].keys() == tensors[1].keys() and all(torch.equal(t, tensors[1][k]) for k, t in tensors[0].items())
+
+
 def assert_close(a, b, tolerance=2e-5):
     assert a.shape == b.shape and a.std() > 0.05
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
@@ -573,10 +583,10 @@ def test_reference_policy_is_the_start(folder, options, train_lm):
 )
 def test_saved_model_is_ours_when_loaded(folder, options, tmp_path):
     model = load(folder, **options)
-    before = velocity(model), chat(model.lm)
+    before = velocity(model)
     perturb(model)
     after = velocity(model), chat(model.lm)
-    assert (after[0] - before[0]).abs().max() > 0.02
+    assert (after[0] - before).abs().max() > 0.02
     again = load(export(model, tmp_path / "one"))
     assert models.family(tmp_path / "one") == model.config["model_type"]
     if options.get("lora_rank"):
@@ -586,17 +596,15 @@ def test_saved_model_is_ours_when_loaded(folder, options, tmp_path):
         files = sorted(path.name for path in (tmp_path / "one").iterdir())
         assert files == ["adapter.safetensors", "config.json"]
         # Trained on in full, with what the adapter changed in frozen parts
-        assert torch.equal(velocity(load(export(again, tmp_path / "two"))), velocity(again))
+        assert same_weights(load(export(again, tmp_path / "two")), again)
     else:
-        assert torch.equal(velocity(again), after[0])
-        assert all(torch.equal(a, b) for a, b in zip(chat(again.lm), after[1]))
-        for name, p in model.parts["queries"].state_dict().items():
-            assert torch.equal(p, again.parts["queries"].state_dict()[name])
+        assert same_weights(again, model)
         # A folder of its own: what lies in it is copied on, not referred to.
         other = load(export(again, tmp_path / "two"))
         (tmp_path / "one").rename(tmp_path / "gone")
-        assert torch.equal(velocity(other), after[0])
-        assert torch.equal(velocity(load(tmp_path / "two")), after[0])
+        assert same_weights(other, model)
+        assert same_weights(load(tmp_path / "two"), model)
+        assert_close(velocity(double(other)), velocity(double(model)), 1e-9)
 
 
 def test_language_model_alone(folder, tmp_path):
@@ -604,10 +612,11 @@ def test_language_model_alone(folder, tmp_path):
     model = load(folder, train_lm=True)
     assert models.lm_family(folder) == "qwen2.5-vl"
     lm = models.load_lm(folder, "cpu", torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(chat(lm), chat(model.lm)))
+    assert same_weights(lm, model.lm)
     perturb(model)
     lm = models.load_lm(export(model, tmp_path / "joint"), "cpu", torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(chat(lm), chat(model.lm)))
+    assert same_weights(lm, model.lm)
+    assert (chat(lm)[2] - chat(model.lm)[2]).abs().max() < 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
