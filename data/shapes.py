@@ -11,7 +11,8 @@ arXiv 2310.11513), its six tasks included:
 
 `color` is optional; `position` is a relation and the index in `include` of the object it refers to.
 
-An edit is a picture, an instruction ("make the red circle blue") and the metadata of the picture that should come out.
+An edit is a picture, an instruction ("make the red circle blue"), the instruction that undoes it ("make the blue circle
+red") and the metadata of the picture that should come out.
 """
 
 import functools
@@ -34,7 +35,7 @@ COLORS = {
 }
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction (x, y), y down
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-EDIT_TAGS = ("recolor", "reshape", "remove", "add")
+EDIT_TAGS = ("recolor", "reshape", "remove", "add", "move")
 
 HELD_OUT_SHARE = 0.2
 WIDTHS = (8.0, 10.0, 12.0)  # of an object
@@ -42,6 +43,7 @@ LATTICE = 2.0  # objects lie on a lattice of this pitch: a model of half a milli
 BORDER = 2.0  # least distance of an object from the border
 GAP = 3.0  # least distance between two objects: at least 2 pixels stay pure white between their soft outlines
 POSITION_MARGIN = 0.7  # least offset in the direction asked for; GenEval asks for more than 0.5
+MOVE_MARGIN = 0.3  # most offset there before an object is moved: what GenEval would let pass is no picture to edit
 SUPERSAMPLING = 4  # sub-pixels per pixel and axis
 CANDIDATES = 32  # places tried for an object before the whole layout starts again
 
@@ -240,10 +242,11 @@ def _all_edits():
     things = {(color, name): _item(name, 1, color) for color, name in itertools.product(COLORS, CLASSES)}
     out = []
 
-    def edit(tag, prompt, source, target):
+    def edit(tag, prompt, reverse_prompt, source, target):
         # The items are shared between all edits: 25,000 with their own would be 50 MB.
         items = [[things[thing] for thing in scene] for scene in (source, target)]
-        out.append({"tag": tag, "source": items[0], "include": items[1], "prompt": prompt})
+        texts = {"prompt": prompt, "reverse_prompt": reverse_prompt}
+        out.append({"tag": tag, "source": items[0], "include": items[1], **texts})
 
     for source in (scene for n in (1, 2, 3) for scene in itertools.combinations(things, n)):
         others = [thing for thing in things if thing not in source]
@@ -251,14 +254,23 @@ def _all_edits():
             for new in others:
                 target = (*source[:k], new, *source[k + 1 :])
                 if new[1] == name:
-                    edit("recolor", f"make the {color} {name} {new[0]}", source, target)
+                    back = f"make the {new[0]} {name} {color}"
+                    edit("recolor", f"make the {color} {name} {new[0]}", back, source, target)
                 elif new[0] == color:
-                    edit("reshape", f"turn the {color} {name} into a {new[1]}", source, target)
+                    back = f"turn the {color} {new[1]} into a {name}"
+                    edit("reshape", f"turn the {color} {name} into a {new[1]}", back, source, target)
+            rest = (*source[:k], *source[k + 1 :])
             if len(source) > 1:
-                edit("remove", f"remove the {color} {name}", source, (*source[:k], *source[k + 1 :]))
+                edit("remove", f"remove the {color} {name}", f"add a {color} {name}", source, rest)
+            for j, relation in itertools.product(range(len(source)), RELATIONS):
+                if j != k:  # the way back depends on the picture; what moved is told last, as it refers to another
+                    there = f"the {source[j][0]} {source[j][1]}"
+                    edit("move", f"move the {color} {name} {relation} {there}", None, source, (*rest, source[k]))
+                    out[-1]["move"] = k, relation, j
         if len(source) < 3:
             for color, name in others:
-                edit("add", f"add a {color} {name}", source, (*source, (color, name)))
+                back = f"remove the {color} {name}"
+                edit("add", f"add a {color} {name}", back, source, (*source, (color, name)))
     return out
 
 
@@ -281,8 +293,9 @@ def _edit_split():
 
 def all_edits():
     """Every edit of a scene of 1 to 3 different objects into another one, in a fixed order: a list of dicts with the
-    objects of the picture `source`, those that should come out `include`, and the instruction `prompt`. They share
-    their items: copy before you change one."""
+    objects of the picture `source`, those that should come out `include`, the instruction `prompt` and the one that
+    undoes it, `reverse_prompt` (None where an object is moved: that depends on the picture). They share their items:
+    copy before you change one."""
     return list(_all_edits())
 
 
@@ -307,6 +320,26 @@ def _place(boxes):
     return out
 
 
+def _move(count, mover, relation, anchor, rng):
+    """Boxes [count, 4] of a picture, those of the one in which object `mover` lies in `relation` to `anchor` and the
+    others where they were, and the relation in which it clearly was before."""
+    direction = np.array(RELATIONS[relation])
+    while True:
+        # Drawn anew, too: there is hardly a picture with room for the object on two opposite sides of the other.
+        before = [name for name in RELATIONS if name != relation][rng.integers(len(RELATIONS) - 1)]
+        boxes = _layout(np.arange(count), [(mover, before, anchor)], rng)
+        if box_offset(boxes[mover], boxes[anchor]) @ direction > MOVE_MARGIN:
+            continue
+        others, width = np.delete(boxes, mover, 0), boxes[mover, 2] - boxes[mover, 0]
+        places = (SIZE - 2 * BORDER - width) / LATTICE + 1
+        corner = BORDER + LATTICE * np.floor(rng.random((CANDIDATES, 2)) * places)
+        moved = np.concatenate([corner, corner + width], 1)[:, None]
+        fits = (np.maximum(moved[..., :2] - others[:, 2:], others[:, :2] - moved[..., 2:]).max(-1) >= GAP).all(1)
+        fits &= box_offset(moved, boxes[anchor])[:, 0] @ direction >= POSITION_MARGIN
+        if fits.any():
+            return boxes, np.concatenate([boxes[:mover], moved[fits.argmax()], boxes[mover + 1 :]]), before
+
+
 def edits(seed, start, count, prompts=None, size=SIZE):
     """Edits `start` ... `start + count - 1` of the endless stream `seed`: (source pictures and target pictures, both
     uint8 [count, size, size, 3], list of metadata). Edit k is a function of (seed, start + k) alone. `prompts` defaults
@@ -325,15 +358,23 @@ def edits(seed, start, count, prompts=None, size=SIZE):
         rng = np.random.default_rng([seed, start + k])
         e = _sample(groups, rng)
         before, after = ([(item["class"], item["color"]) for item in e[key]] for key in ("source", "include"))
-        boxes = _layout(np.arange(max(len(before), len(after))), [], rng)  # an added object is the last one
-        kept = [i for i, thing in enumerate(before) if thing in after or e["tag"] != "remove"]
-        after_boxes = boxes if e["tag"] == "add" else boxes[kept]
+        include, source = ([dict(item) for item in e[key]] for key in ("include", "source"))
+        texts = {name: e[name] for name in ("prompt", "reverse_prompt")}
+        if e["tag"] == "move":
+            mover, relation, anchor = e["move"]
+            boxes, after_boxes, was = _move(len(before), mover, relation, anchor, rng)
+            order = [i for i in range(len(before)) if i != mover]
+            after_boxes, kept = after_boxes[[*order, mover]], order
+            include[-1]["position"] = [relation, order.index(anchor)]
+            texts["reverse_prompt"] = e["prompt"].replace(f" {relation} ", f" {was} ")
+        else:
+            boxes = _layout(np.arange(max(len(before), len(after))), [], rng)  # an added object is the last one
+            kept = [i for i, thing in enumerate(before) if thing in after or e["tag"] != "remove"]
+            after_boxes = boxes if e["tag"] == "add" else boxes[kept]
         sources[k] = _paint(before, boxes[: len(before)], size)
         targets[k] = _paint(after, after_boxes, size)
-        include = [dict(item) for item in e["include"]]
         for item, position in zip(include, _place(after_boxes[: len(kept)])):
             if position:
                 item["position"] = position
-        source = [dict(item) for item in e["source"]]
-        metadata.append({"tag": e["tag"], "source": source, "include": include, "prompt": e["prompt"]})
+        metadata.append({"tag": e["tag"], "source": source, "include": include, **texts})
     return sources, targets, metadata
