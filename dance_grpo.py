@@ -340,6 +340,7 @@ def main(args: Args):
                 num_prompts=args.num_prompts,
                 num_states=K + 1,
                 guidance=args.guidance,
+                image_guidance=args.image_guidance,
                 reference_image=train_set[0]["image"] is not None,
                 lora_rank=args.lora_rank,
                 with_reference=args.kl_coef > 0,

@@ -1,5 +1,6 @@
 """Prompts, with optional metadata and images, from a text file, JSON lines, parquet, the Hugging Face hub, or a world
-of our own: `shapes` to draw, `shapes-edit` to edit, `shapes-qa` to ask about, `arithmetic` to solve.
+of our own: `shapes` to draw, `shapes-user` the same in a user's words, `shapes-edit` to edit, `shapes-qa` to ask about,
+`arithmetic` to solve.
 
     train = load("data/ocr.txt")                       # 90 % of the file
     test = load("data/ocr.txt", split="eval")          # the other 10 %: no prompt text is on both sides
@@ -35,10 +36,12 @@ from tqdm import tqdm
 
 KNOWN = (
     ".txt (one prompt a line), .jsonl (GenEval, GSM8K or MATH format), .parquet, hub:owner/name/config:split#column, "
-    "shapes, shapes-edit, shapes-qa, shapes#tag,tag, arithmetic"
+    "shapes, shapes-user, shapes-edit, shapes-qa, shapes#tag,tag, arithmetic"
 )
+WORLDS = ("shapes", "shapes-user", "shapes-edit", "shapes-qa")  # of data/shapes.py; they know what they hold out
 NUM_EDITS = 4096, 512  # of shapes-edit: to train on, held out
 NUM_QUESTIONS = 4096, 512  # of shapes-qa
+NUM_PHRASINGS = 8064, 864  # of shapes-user, of each of 6 tags as many
 
 
 class PromptSet:
@@ -421,7 +424,7 @@ def choose_files(files, config, split):
 
 
 def _brings_split(source):
-    return str(source) == "arithmetic" or str(source).split("#")[0] in ("shapes", "shapes-edit", "shapes-qa")
+    return str(source) == "arithmetic" or str(source).split("#")[0] in WORLDS
 
 
 def _scan_arithmetic():
@@ -441,13 +444,15 @@ def _scan_shapes(source):
     from data import shapes, shapes_qa
 
     world, hash_sign, chosen = str(source).partition("#")
-    known = {"shapes": shapes.TAGS, "shapes-edit": shapes.EDIT_TAGS, "shapes-qa": shapes_qa.TAGS}[world]
+    known = {"shapes-edit": shapes.EDIT_TAGS, "shapes-qa": shapes_qa.TAGS}.get(world, shapes.TAGS)
     tags = chosen.split(",") if hash_sign else known
     unknown = [tag for tag in tags if tag not in known]
     if unknown:
         raise ValueError(f"{source}: expected tags out of {', '.join(known)}, got {unknown[0]!r}")
     if world == "shapes-edit":
         sides = [[edit for edit in side if edit[0]["tag"] in tags] for side in _edits()]
+    elif world == "shapes-user":
+        sides = [[(item, None) for item in side if item["tag"] in tags] for side in _phrasings()]
     elif world == "shapes-qa":
         sides = [[question for question in side if question[0]["tag"] in tags] for side in _questions()]
     else:
@@ -465,6 +470,23 @@ def _scan_shapes(source):
     if world == "shapes-qa":  # the same 22 questions are asked on both sides: the picture tells them apart
         keys = [key + hashlib.sha256(picture.tobytes()).hexdigest() for key, (_, picture) in zip(keys, items)]
     return rows, np.array([_key(key) for key in keys], dtype=np.uint64), read
+
+
+@functools.cache
+def _phrasings():
+    """(train, held out) lists of metadata whose prompt is what a user says for the caption. Captions of a tag come
+    equally often, within one."""
+    from data import phrases, shapes
+
+    sides = []
+    for stream, captions in enumerate((shapes.train_prompts(), shapes.held_out_prompts())):
+        side, num = [], NUM_PHRASINGS[stream] // len(shapes.TAGS)
+        for group in ([item for item in captions if item["tag"] == tag] for tag in shapes.TAGS):
+            for k in range(num):
+                item = group[k * len(group) // num]
+                side.append({**item, "prompt": phrases.user_prompt(item, np.random.default_rng([stream, len(side)]))})
+        sides.append(side)
+    return sides
 
 
 @functools.cache

@@ -345,8 +345,10 @@ class Batches:
         return batch
 
     def counts(self):
-        """The stream's; may be a batch ahead of `state`."""
-        return self.stream.counts()
+        """The stream's as of `state`: what the next batch has cost already is not counted yet."""
+        state = self.delivered["stream"]
+        states = state.get("streams", [state])
+        return {name: sum(part[name] for part in states) for name in self.stream.counts()}
 
     def state(self):
         """As after the last batch that `next` returned; each waiting sample is a list of ints."""

@@ -33,13 +33,20 @@ LM_ALIASES = {
     **{f"qwen3-vl-{size.lower()}": f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B")},
     "tiny-qwen": os.path.join(ASSETS, "tiny-qwen"),
     "tiny-qwen-vl": os.path.join(ASSETS, "tiny-qwen-vl"),
+    "tiny-qwen-refine": os.path.join(ASSETS, "tiny-qwen-refine"),
 }
 
 # model_type in config.json -> family, by which the scripts choose a recipe
 LM_FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "qwen2_5_vl": "qwen2.5-vl", "qwen3_vl": "qwen3-vl"}
 
-# Unified models: flow model and language model in one, each in a folder of models/blip3o.py
-UNIFIED = {"tiny-blip3o": os.path.join(ASSETS, "tiny-blip3o")}
+# Unified models: flow model and language model in one, each in a folder of models/blip3o.py. Those named -start have
+# the trained language model and autoencoder of tiny-blip3o, and the rest untrained.
+UNIFIED = {name: os.path.join(ASSETS, name) for name in ("tiny-blip3o", "tiny-blip3o-start", "tiny-metaquery-start")}
+# At full size they have no hub id: variant -> language model and SANA that blip3o.create makes a folder of
+FULL_SIZE = {
+    "blip3o": ("qwen2.5-vl-3b", "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"),
+    "metaquery": ("qwen2.5-vl-3b", "Efficient-Large-Model/Sana_1600M_512px_diffusers"),
+}
 
 # pipeline class -> (family, by which the scripts choose a recipe; the file here that loads it)
 PIPELINES = {
@@ -79,6 +86,12 @@ def pipeline_class(name):
             raise ValueError(f"{source}: no model_index.json; expected a folder in diffusers layout")
     elif _is_hub_id(source):
         index = hub(source, lambda: _hub_file(source, "model_index.json"))
+    elif name in FULL_SIZE:
+        create = f"blip3o.create('{name}', '{FULL_SIZE[name][0]}', '{FULL_SIZE[name][1]}', '{name}')"
+        raise ValueError(
+            f"--model {name} is no folder yet, and only --dry-run needs none; to make it: "
+            f'python -c "from models import blip3o; {create}"'
+        )
     else:
         raise _unknown(name, ALIASES | UNIFIED, "diffusers")
     with open(index) as f:
@@ -97,12 +110,14 @@ def unified(name):
 
 def family(name):
     """flux, kontext, klein, sd3 or sana: known of an alias, for anything else by its pipeline class; blip3o or
-    metaquery for the folder of a unified model.
+    metaquery for the folder of a unified model, or of these names where there is no such folder (FULL_SIZE).
 
     Raises what `pipeline_class` raises, and ValueError for a pipeline that is not supported.
     """
     if name in ALIASES:
         return name.removeprefix("tiny-").removesuffix(".5")
+    if name in FULL_SIZE and not os.path.isdir(name):
+        return name
     return _supported(name)[0]
 
 
@@ -129,8 +144,8 @@ def load_lm(name, device, dtype, **options):
 
 
 def lm_family(name):
-    """qwen2.5, qwen3, qwen2.5-vl, qwen3-vl, tiny-qwen or tiny-qwen-vl: known of an alias; for anything else one of the
-    first four by the model_type of its config.json, or "other".
+    """qwen2.5, qwen3, qwen2.5-vl, qwen3-vl or the alias of a tiny model: known of an alias; for anything else one of
+    the first four by the model_type of its config.json, or "other".
 
     Raises ValueError for a name that is neither alias, folder nor hub id, RuntimeError where the hub or the licence
     stands in the way.
@@ -181,7 +196,7 @@ def _lm_source(name):
     if config is None:
         return source
     lm = config["lm"]
-    return os.path.join(source, lm[2:]) if lm.startswith("./") else folder_or_id(lm, LM_ALIASES)
+    return os.path.join(source, lm) if lm.startswith(".") else folder_or_id(lm, LM_ALIASES)
 
 
 def _supported(name):

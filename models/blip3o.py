@@ -9,10 +9,10 @@ small bidirectional transformer, the connector, turns what it says at the querie
 a picture is drawn from, `model.lm.encode` what a text is sampled from. What the two kinds of model choose differently
 stands side by side in VARIANTS.
 
-A model lives in a folder of its own: config.json (which LM and which SANA, an alias, hub id or folder; "./" is in this
-folder), model.safetensors (queries and connector, and the DiT once it was trained), lm/ once the LM was trained.
-`create` writes an untrained one. After training with LoRA the folder holds adapter.safetensors and the name of the
-model that it belongs to, into which `load` merges it.
+A model lives in a folder of its own: config.json (which LM and which SANA, an alias, hub id or folder; one that begins
+with a dot is relative to this one), model.safetensors (queries and connector, and the DiT once it was trained), lm/
+once the LM was trained. `create` writes an untrained one. After training with LoRA the folder holds adapter.safetensors
+and the name of the model that it belongs to, into which `load` merges it.
 """
 
 import copy
@@ -102,13 +102,15 @@ def create(
     image_tokens=576,
     num_layers=None,
     head_dim=None,
+    query_std=None,
     seed=0,
 ):
     """Write the folder of an untrained model: random queries and connector on a Qwen2.5-VL and a SANA, each an alias,
     folder or hub id that must stay where it is.
 
     variant: of VARIANTS, else ValueError. image_tokens: at most so many tokens of a picture to edit reach the LM, in
-    `encode`. num_layers, head_dim: of the connector, where not the variant's. The same seed gives the same weights.
+    `encode`. num_layers, head_dim: of the connector, query_std: of the random queries, where not the variant's. The
+    same seed gives the same weights.
     """
     from diffusers import SanaTransformer2DModel
     from safetensors.torch import save_file
@@ -135,6 +137,8 @@ def create(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = dict(zip(("queries", "connector"), new_parts(config)))
+    if query_std is not None:
+        parts["queries"].weight.data *= query_std / VARIANTS[variant]["query_std"]
     os.makedirs(folder, exist_ok=True)
     tensors = {f"{key}.{name}": t for key, part in parts.items() for name, t in part.state_dict().items()}
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
@@ -189,13 +193,14 @@ def load(
     lora = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, with_reference=with_reference) if train_lm else {}
     lm = qwen.load(lm_source, device, dtype, **lora)
 
-    transformer, vae, scheduler = _load_sana(_source(folder, config["sana"], models.ALIASES), dtype)
+    tensors = _read_tensors(os.path.join(folder, "model.safetensors"))
+    trained = any(key.startswith("transformer.") for key in tensors)
+    transformer, vae, scheduler = _load_sana(_source(folder, config["sana"], models.ALIASES), dtype, not trained)
     if VARIANTS[config["model_type"]]["reference"]:
         transformer.patch_embed = ReferencePatchEmbed(transformer.patch_embed)
     with torch.random.fork_rng(devices=[]):
         queries, connector = new_parts(config)
     parts = {"transformer": transformer, "queries": queries, "connector": connector}
-    tensors = _read_tensors(os.path.join(folder, "model.safetensors"))
     for name, part in parts.items():
         state = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         if state or name != "transformer":
@@ -227,8 +232,9 @@ def load(
     )
 
 
-def _load_sana(source, dtype):
-    """DiT in fp32, autoencoder in dtype and scheduler of a SANA folder or hub id: not its 5 GB of text encoder."""
+def _load_sana(source, dtype, with_weights):
+    """DiT in fp32, autoencoder in dtype and scheduler of a SANA folder or hub id: not its 5 GB of text encoder, nor,
+    without `with_weights`, the weights of the DiT."""
     from diffusers import (
         AutoencoderDC,
         DPMSolverMultistepScheduler,
@@ -241,8 +247,14 @@ def _load_sana(source, dtype):
         kind = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")["_class_name"]
         euler = kind == "FlowMatchEulerDiscreteScheduler"
         scheduler = FlowMatchEulerDiscreteScheduler if euler else DPMSolverMultistepScheduler
+        if with_weights:
+            transformer = SanaTransformer2DModel.from_pretrained(source, subfolder="transformer")
+        else:
+            config = SanaTransformer2DModel.load_config(source, subfolder="transformer")
+            with torch.random.fork_rng(devices=[]):
+                transformer = SanaTransformer2DModel.from_config(config)
         return (
-            SanaTransformer2DModel.from_pretrained(source, subfolder="transformer"),
+            transformer,
             AutoencoderDC.from_pretrained(source, subfolder="vae", dtype=dtype),
             sana.euler(scheduler.from_pretrained(source, subfolder="scheduler")),
         )
@@ -254,7 +266,7 @@ def _load_sana(source, dtype):
 
 
 def _source(folder, name, aliases):
-    return os.path.join(folder, name[2:]) if name.startswith("./") else models.folder_or_id(name, aliases)
+    return os.path.join(folder, name) if name.startswith(".") else models.folder_or_id(name, aliases)
 
 
 def _read_config(folder):
@@ -667,8 +679,11 @@ class BLIP3o(sana.Sana):
             self.lm.save(os.path.join(folder, "lm"), language)
             config["lm"] = "./lm"
         for name in ("lm", "sana"):
+            source = os.path.join(self.folder, config[name])
             if config[name].startswith("./") and not (name == "lm" and language):
-                shutil.copytree(os.path.join(self.folder, config[name]), os.path.join(folder, config[name]))
+                shutil.copytree(source, os.path.join(folder, config[name]))
+            elif config[name].startswith("../"):
+                config[name] = os.path.abspath(source)
         if ours:
             save_file(ours, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         else:

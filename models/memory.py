@@ -1,7 +1,7 @@
 """
 What a run needs per GPU, found without weights: the model is built on the meta device, which knows shapes and no
 values, and one prompt encoding, rollout forward, decoding and training step run there while the bytes alive are
-counted.
+counted. `estimate` is of an RL run, `pretraining` of pretrain.py, `parameters` counts the parts.
 
 Parameters, shards, gradients and optimizer state are exact. Activations are those of PyTorch's operators with an
 attention that stores no attention matrix (flash, memory-efficient); the scratch space inside a kernel is not seen. What
@@ -9,6 +9,7 @@ FSDP2 holds beside the shards is a count of blocks (see `estimate`). Not counted
 (about 0.5 GiB), NCCL's buffers, fragmentation.
 """
 
+import copy
 import functools
 import json
 import os
@@ -18,10 +19,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import models
-from models import flux, flux2, sana, sd3
+from models import blip3o, flux, flux2, qwen, sana, sd3
 
 MODELS = {"flux": flux.Flux, "kontext": flux.Flux, "klein": flux2.Flux2, "sd3": sd3.Sd3, "sana": sana.Sana}
 
@@ -58,6 +59,70 @@ FLUX_DEV_VAE = dict(
     shift_factor=0.1159,
 )
 
+# Those of the full-size unified models, of which no folder exists before one is made, and whose files are 17 GB:
+# Qwen2.5-VL-3B-Instruct, Sana_1600M_1024px and its DC-AE f32c32.
+QWEN_VL_3B = dict(
+    text_config=dict(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        max_position_embeddings=128000,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    ),
+    vision_config=dict(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=2048,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+    ),
+    tie_word_embeddings=True,
+)
+QWEN_VL_EYES = dict(
+    patch_size=14,
+    merge_size=2,
+    temporal_patch_size=2,
+    size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384},
+)
+SANA_1600M = dict(
+    in_channels=32,
+    out_channels=32,
+    num_attention_heads=70,
+    attention_head_dim=32,
+    num_layers=20,
+    num_cross_attention_heads=20,
+    cross_attention_head_dim=112,
+    cross_attention_dim=2240,
+    caption_channels=2304,
+    mlp_ratio=2.5,
+    patch_size=1,
+    sample_size=32,
+)
+DC_AE_F32C32 = dict(
+    latent_channels=32,
+    attention_head_dim=32,
+    encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    encoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
+    decoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
+    encoder_layers_per_block=[2, 2, 2, 3, 3, 3],
+    decoder_layers_per_block=[3] * 6,
+    encoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+    decoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+    upsample_block_type="interpolate",
+    downsample_block_type="conv",
+    scaling_factor=0.41407,
+)
+
 # What is on the table, and the flags that make it smaller.
 FLAGS = {
     "trained parameters": "--lora-rank, more GPUs, --shard-size 0, --cpu-offload",
@@ -67,6 +132,7 @@ FLAGS = {
     "reference copy": "--kl-coef 0, --lora-rank, more GPUs",
     "buffers": "--dtype bf16, --lora-rank",
     "text encoders": "--offload-encoders, --dtype bf16",
+    "vision tower": "--dtype bf16",
     "autoencoder": "--dtype bf16",
     "prompt embeddings": "--num-prompts",
     "trajectories": "--num-prompts, --group-size, --window-size",
@@ -74,6 +140,7 @@ FLAGS = {
     "gathered parameters": "--dtype bf16, without --keep-unsharded",
     "prompt encoding": "--offload-encoders, --dtype bf16, --resolution",
     "rollout forward": "--micro-batch-size, --resolution",
+    "evaluation forward": "--micro-batch-size, --resolution",
     "decoding": "--micro-batch-size, --resolution",
     "activations": "--checkpoint-activations, --micro-batch-size, --resolution",
     "optimizer temporaries": "--lora-rank, more GPUs, --cpu-offload",
@@ -94,9 +161,11 @@ def estimate(
     num_prompts,
     num_states,
     guidance=1.0,
+    image_guidance=1.0,
     lora_rank=0,
     with_reference=False,
     ema=False,
+    train_lm=False,
     world_size=1,
     shard_size=0,
     checkpoint_activations=False,
@@ -105,95 +174,278 @@ def estimate(
     offload_encoders=False,
     cache_prompts=512,
     reference_image=False,
+    prompt_tokens=96,
     device_type="cuda",
 ):
-    """Bytes on the fullest rank as an ordered dict: what it holds, then "peak: <phase>" and their maximum "peak", then
-    what is in CPU memory ("host: ..."). "model, unsharded" is the whole transformer. About 6 s for FLUX.1-dev.
+    """Bytes on the fullest rank of an RL run as an ordered dict: what it holds, then "peak: <phase>" and their maximum
+    "peak", then what is in CPU memory ("host: ..."). "model, unsharded" is all of `parts`. About 6 s for FLUX.1-dev.
 
     source: alias, folder or hub id (of which only configs and tokenizers are fetched; FLUX.1-dev and Kontext need
-    none). dtype: what the model computes in. tile_rows: rows of a forward and backward. resolution: pixels.
-    num_samples, num_prompts: per rank and iteration. num_states: latents kept of each sample, one more than trained
-    steps. reference_image: every prompt comes with a picture of this resolution to edit; for a model that only edits
-    (Kontext) always. device_type: "cpu" for a run without GPU, where "host" is the same memory; the optimizer's
+    none), or blip3o or metaquery, unified models at full size that need no folder. dtype: what the model computes in.
+    tile_rows: rows of a forward and backward. resolution: pixels. num_samples, num_prompts: per rank and iteration.
+    num_states: latents kept of each sample, one more than trained steps. train_lm: the language model of a unified
+    model is trained too (by the picture's loss; a token loss comes on top). reference_image: every prompt comes with a
+    picture of this resolution to edit; for a model that only edits (Kontext) always. prompt_tokens: length of a prompt
+    of a unified model, with its chat template and without its picture (the null caption counts as long); the others pad
+    to a length of their own. device_type: "cpu" for a run without GPU, where "host" is the same memory; the optimizer's
     temporaries differ.
 
     FSDP2 cuts dim 0 of every parameter into ceil(rows / ranks), padded: all ranks hold as much. Beside the shards
     it holds the root's parameters and those of one block; of three blocks where there is something to gather (the one
-    that computes, the next one's buffer, and the copy between them), or of the whole model with keep_unsharded.
-    Unreduced gradients of a block or two are part of "activations". Buffers, such as SD3's table of positions, are
-    whole on every rank.
+    that computes, the next one's buffer, and the copy between them), or of the whole model with keep_unsharded. Of
+    several parts one computes at a time. Unreduced gradients of a block or two are part of "activations". Buffers, such
+    as SD3's table of positions, are whole on every rank.
 
     Raises ValueError for an unknown or unsupported model, a resolution that it cannot make, guidance that it cannot
-    have, or a reference_image that it does not take; RuntimeError where configs are missing, or the hub or a licence
-    stands in the way.
+    have, a reference_image that it does not take, or offload_encoders for a unified model; RuntimeError where configs
+    are missing, or the hub or a licence stands in the way.
     """
-    family, pipeline = _pipeline(source, dtype)
-    model = MODELS[family](pipeline, "meta", dtype, lora_rank, 2 * lora_rank, with_reference)
-    model.cache = functools.partial(_cached, model._encode_rows)
-    part = model.parts["transformer"]
-    known = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
-    h, w = model.latent_size(resolution, resolution)
-    latent = 4 * model.latent_channels * h * w
-    ranks = shard_size or world_size
-    parameters = list(part.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    frozen = [p for p in parameters if not p.requires_grad]
+    model = _Model(source, dtype, lora_rank, with_reference, train_lm, offload_encoders, prompt_tokens)
+    rows = max(num_prompts, min(tile_rows, num_samples))  # an evaluation encodes a tile of prompts
+    edits = reference_image or model.flow.reference_images == "required"
+    scales = (guidance, image_guidance)
+    model.try_out(rows, min(tile_rows, num_samples), resolution, edits, scales, checkpoint_activations)
+    return _sizes(
+        model,
+        model.update(tile_rows, shard_size or world_size, scales),
+        ranks=shard_size or world_size,
+        num_prompts=num_prompts,
+        # The tiles' states and their concatenation are both alive until the next rollout.
+        trajectories=2 * num_samples * num_states * model.latent_bytes,
+        ema=ema,
+        keep_unsharded=keep_unsharded,
+        cpu_offload=cpu_offload,
+        cache_prompts=cache_prompts,
+        device_type=device_type,
+    )
+
+
+def pretraining(
+    source,
+    dtype,
+    *,
+    micro_batch_size,
+    resolution,
+    noise_levels=1,
+    gpus=(1, 8, 64),
+    guidance=1.0,
+    lora_rank=0,
+    ema=False,
+    train_lm=False,
+    shard_size=0,
+    checkpoint_activations=False,
+    keep_unsharded=False,
+    cpu_offload=False,
+    offload_encoders=False,
+    cache_prompts=512,
+    reference_image=False,
+    prompt_tokens=96,
+    device_type="cuda",
+):
+    """What `estimate` says, of pretraining: a dict, number of GPUs -> bytes on the fullest of them. No reference copy,
+    no trajectories; "activations" are those of one micro batch through trained conditioning, the autoencoder's encoder,
+    transformer and backward, without guidance; the rest is an evaluation's, of as many rows, with `guidance`.
+
+    noise_levels: at which every picture is trained. gpus: the numbers of GPUs; with shard_size, those of it or less
+    shard over all. reference_image: every caption comes with a picture to edit. Other arguments, errors and what is not
+    counted: see `estimate`.
+    """
+    model = _Model(source, dtype, lora_rank, False, train_lm, offload_encoders, prompt_tokens)
+    edits = reference_image or model.flow.reference_images == "required"
+    rows = micro_batch_size * noise_levels  # of a backward pass, and of an evaluation's tile
+    model.try_out(rows, rows, resolution, edits, (guidance, 1.0), checkpoint_activations)
+    found, activations = {}, {}
+    for count in gpus:
+        ranks = min(shard_size or count, count)
+        if ranks not in activations:
+            activations[ranks] = model.update(micro_batch_size, ranks, (1.0, 1.0), resolution, noise_levels)
+        found[count] = _sizes(
+            model,
+            activations[ranks],
+            ranks=ranks,
+            num_prompts=micro_batch_size,
+            trajectories=0,
+            ema=ema,
+            keep_unsharded=keep_unsharded,
+            cpu_offload=cpu_offload,
+            cache_prompts=cache_prompts,
+            device_type=device_type,
+            phase="evaluation",
+        )
+    return found
+
+
+def parameters(source):
+    """Number of parameters of every part of a model, by its name, what is shared counted once; nothing is read but
+    configs. Raises what `estimate` raises."""
+    model = _Model(source, torch.float32)
+    parts = {name: list(part.parameters()) for name, part in model.flow.parts.items()} | model.frozen
+    return {name: numel(tensors) for name, tensors in parts.items() if tensors}
+
+
+class _Model:
+    """A model on the meta device, and what it was found to need: `flow` is the flow model, `frozen` the parameters that
+    are in no part, by name."""
+
+    def __init__(
+        self,
+        source,
+        dtype,
+        lora_rank=0,
+        with_reference=False,
+        train_lm=False,
+        offload_encoders=False,
+        prompt_tokens=96,
+    ):
+        self.dtype, self.lora_rank, self.with_reference = dtype, lora_rank, with_reference
+        self.offload_encoders = offload_encoders
+        config, folder = _unified_config(source)
+        self.unified = config is not None
+        if self.unified:
+            if offload_encoders:
+                raise ValueError("--offload-encoders: a unified model trains through its language model, which stays")
+            self.flow = _unified(config, folder, dtype, lora_rank, with_reference, train_lm, prompt_tokens)
+            eyes = self.flow.lm.tower
+            modules = [*self.flow.parts.values(), eyes, self.flow.vae]
+            self.frozen = {"text encoders": [], "vision tower": list(eyes.parameters())}
+        else:
+            if train_lm:
+                raise ValueError(f"--model {source} has no language model to train, only unified models have")
+            family, pipeline = _pipeline(source, dtype)
+            self.flow = MODELS[family](pipeline, "meta", dtype, lora_rank, 2 * lora_rank, with_reference)
+            self.flow.cache = functools.partial(_cached, self.flow._encode_rows)
+            modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
+            self.frozen = {"text encoders": encoder_parameters(pipeline), "vision tower": []}
+        self.frozen["autoencoder"] = list(self.flow.vae.parameters())
+        self.modules = modules
+        parts = self.flow.parts.values()
+        # Of each part, what FSDP2 gathers together: its blocks, and the rest.
+        self.groups = []
+        for part in parts:
+            blocks = [list(block.parameters()) for block in self.flow.blocks(part)]
+            inside = {p for block in blocks for p in block}
+            self.groups.append((blocks, [p for p in part.parameters() if p not in inside]))
+        self.parameters = [p for part in parts for p in part.parameters()]
+        self.trained = [p for p in self.parameters if p.requires_grad]
+        self.untrained = [p for p in self.parameters if not p.requires_grad]
+        self.copies = list((self.flow.reference_parts or {}).values())
+
+    def try_out(self, rows, tile, resolution, edits, guidance, checkpoint_activations):
+        """Count the bytes alive in encoding `rows` prompts, a forward of `tile` rows without gradients, and decoding
+        them; then make ready for `update`."""
+        flow = self.flow
+        self.size = flow.latent_size(resolution, resolution)
+        self.latent_bytes = 4 * flow.latent_channels * self.size[0] * self.size[1]
+        with self._alive() as alive:
+            images = torch.empty(rows, 3, resolution, resolution) if edits else None
+            self.cond = flow.encode([""] * rows, images)
+        self.encoding = alive.peak
+        for p in self.parameters:
+            p.data = p.data.to(self.dtype)  # FSDP2 gathers all of them, masters too, in the dtype of the computation
+        for part in flow.parts.values():
+            part.train()
+        with torch.no_grad(), self._alive() as alive:
+            self._velocity(tile, guidance)
+        self.forward = alive.peak
+        with torch.no_grad(), self._alive() as alive:
+            flow.decode(torch.empty(tile, flow.latent_channels, *self.size, device="meta"))
+        self.decoding = alive.peak
+        if checkpoint_activations:
+            for block in (block for part in flow.parts.values() for block in flow.blocks(part)):
+                block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+    def update(self, rows, ranks, guidance=(1.0, 1.0), pictures=0, noise_levels=1):
+        """The most bytes alive in a forward and backward of `rows` rows; of pretraining on pictures of so many pixels
+        a side, each at so many noise levels, whose latents are then found on the way."""
+        with self._alive() as alive:
+            hooks = _reduce_per_block([group for blocks, rest in self.groups for group in (*blocks, rest)], ranks)
+            if pictures:
+                self._flow_matching_loss(rows, pictures, noise_levels).backward()
+            else:
+                self._velocity(rows, guidance).float().square().mean().backward()
+        for hook in hooks:
+            hook.remove()
+        for p in self.trained:
+            p.grad = None
+        return alive.peak
+
+    def _velocity(self, rows, guidance):
+        cond = self.flow.condition({name: t.new_empty(rows, *t.shape[1:]) for name, t in self.cond.items()})
+        x = torch.empty(rows, self.flow.latent_channels, *self.size, device="meta")
+        return self.flow.velocity(x, torch.empty(rows, device="meta"), cond, guidance)
+
+    def _flow_matching_loss(self, rows, pixels, noise_levels):
+        cond = self.flow.condition({name: t.new_empty(rows, *t.shape[1:]) for name, t in self.cond.items()})
+        drop = torch.empty(rows, dtype=torch.bool, device="meta")
+        for name in [name for name in cond if f"{name}_null" in cond]:
+            mask = drop.view(-1, *[1] * (cond[name].dim() - 1))
+            cond[name] = torch.where(mask, cond[f"{name}_null"], cond[name])
+        x0 = self.flow.encode_images(torch.empty(rows, 3, pixels, pixels, device="meta"))
+        cond = {name: values.repeat_interleave(noise_levels, dim=0) for name, values in cond.items()}
+        x0 = x0.repeat_interleave(noise_levels, dim=0)
+        eps, sigma = torch.empty_like(x0), torch.empty(len(x0), device="meta")
+        x = (1 - sigma.view(-1, 1, 1, 1)) * x0 + sigma.view(-1, 1, 1, 1) * eps
+        return F.mse_loss(self.flow.velocity(x, sigma, cond).float(), eps - x0)
+
+    def _alive(self):
+        # A unified model asks whether all null texts are alike, and they are.
+        return _Alive(self.modules, self.unified)
+
+
+def _sizes(
+    model,
+    activations,
+    *,
+    ranks,
+    num_prompts,
+    trajectories,
+    ema,
+    keep_unsharded,
+    cpu_offload,
+    cache_prompts,
+    device_type,
+    phase="rollout",
+):
+    """The table of `estimate` for a `_Model` that was tried out and whose update has so many bytes of activations."""
+    dtype, trained, frozen = model.dtype, model.trained, model.untrained
     trained_shard, frozen_shard = shard_bytes(trained, 4, ranks), shard_bytes(frozen, dtype.itemsize, ranks)
     master = 4 * numel(trained)  # whole, fp32
-    whole = dtype.itemsize * numel(parameters)
+    whole = dtype.itemsize * numel(model.parameters)
+    reference = [p for module in model.copies for p in module.parameters()]
 
     held = {
         "trained parameters": trained_shard,
         "frozen parameters": frozen_shard,
         "optimizer state": 2 * trained_shard,
         "averaged weights": trained_shard if ema else 0,
-        "reference copy": shard_bytes(parameters, dtype.itemsize, ranks) if model.reference_parts else 0,
+        "reference copy": shard_bytes(reference, dtype.itemsize, ranks),
     }
     host = {"sharded": 0, "text encoders": 0}
     if cpu_offload:
         host["sharded"] = sum(held.values()) + trained_shard
         held = dict.fromkeys(held, 0)
-    copies = [part, *(model.reference_parts or {}).values()]
-    held["buffers"] = sum(buffer.nbytes for module in copies for buffer in module.buffers())
-    encoder_bytes = dtype.itemsize * numel(encoder_parameters(pipeline))
-    held["text encoders"] = 0 if offload_encoders else encoder_bytes
-    host["text encoders"] = encoder_bytes if offload_encoders else 0
-    held["autoencoder"] = dtype.itemsize * numel(pipeline.vae.parameters())
+    modules = [*model.flow.parts.values(), *model.copies]
+    held["buffers"] = sum(buffer.nbytes for module in modules for buffer in module.buffers())
+    frozen_bytes = {name: dtype.itemsize * numel(tensors) for name, tensors in model.frozen.items()}
+    encoder_bytes = frozen_bytes["text encoders"]
+    held |= frozen_bytes
+    if model.offload_encoders:
+        held["text encoders"], host["text encoders"] = 0, encoder_bytes
 
-    tile = min(tile_rows, num_samples)
-    rows = max(num_prompts, tile)  # an evaluation encodes a tile of prompts
-    edits = reference_image or model.reference_images == "required"
-    with _Alive(known) as encoding:
-        cond = model.encode([""] * rows, torch.empty(rows, 3, resolution, resolution) if edits else None)
-    row_bytes = {name: t[0].nbytes for name, t in cond.items()}
+    row_bytes = {name: t[0].nbytes for name, t in model.cond.items()}
     held["prompt embeddings"] = num_prompts * sum(row_bytes.values())
     cached_bytes = sum(size for name, size in row_bytes.items() if name != "image" and not name.endswith("_null"))
-    # The tiles' states and their concatenation are both alive until the next rollout.
-    held["trajectories"] = 2 * num_samples * num_states * latent
+    cached_bytes = 0 if model.unified else cached_bytes
+    held["trajectories"] = trajectories
 
-    blocks = [list(block.parameters()) for block in model.blocks(part)]
-    largest = max(numel(block) for block in blocks)
-    root = numel(parameters) - sum(numel(block) for block in blocks)
-    gathered = dtype.itemsize * (root + largest * (1 if ranks == 1 else 3))
+    largest = max(numel(block) for blocks, _ in model.groups for block in blocks)
+    gathered = dtype.itemsize * max(
+        numel(rest) + max(map(numel, blocks), default=0) * (1 if ranks == 1 else 3) for blocks, rest in model.groups
+    )
     if keep_unsharded:
         gathered = whole + dtype.itemsize * largest * (0 if ranks == 1 else 2)
     # Without a reduction after every tile gradients add up whole, in fp32, on the GPU.
     gradients = master if keep_unsharded else 0 if cpu_offload else trained_shard
-
-    for p in parameters:
-        p.data = p.data.to(dtype)  # FSDP2 gathers all of them, masters too, in the dtype of the computation
-    part.train()
-    with torch.no_grad(), _Alive(known) as rollout:
-        _velocity(model, cond, tile, (h, w), guidance)
-    with torch.no_grad(), _Alive(known) as decode:
-        model.decode(torch.empty(tile, model.latent_channels, h, w, device="meta"))
-    if checkpoint_activations:
-        for block in model.blocks(part):
-            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-    inside = {p for block in blocks for p in block}
-    with _Alive(known) as update:
-        _reduce_per_block([*blocks, [p for p in parameters if p not in inside]], ranks)
-        _velocity(model, cond, tile_rows, (h, w), guidance).float().square().mean().backward()
 
     # AdamW: the square roots of all second moments at once on a GPU, of one after the other on a CPU.
     temporaries = trained_shard if device_type == "cuda" else 2 * max(shard_bytes([p], 4, ranks) for p in trained)
@@ -201,31 +453,48 @@ def estimate(
     work = {
         "gradients": gradients,
         "gathered parameters": gathered,
-        "prompt encoding": encoding.peak + (encoder_bytes if offload_encoders else 0),
-        "rollout forward": rollout.peak,
-        "decoding": decode.peak,
-        "activations": update.peak,
+        "prompt encoding": model.encoding + (encoder_bytes if model.offload_encoders else 0),
+        f"{phase} forward": model.forward,
+        "decoding": model.decoding,
+        "activations": activations,
         "optimizer temporaries": temporaries,
     }
     resident = sum(held.values())
     reduced = 0 if cpu_offload else trained_shard
     peaks = {
         "peak: prompt encoding": resident + work["prompt encoding"],
-        "peak: rollout": resident + gathered + work["rollout forward"],
+        f"peak: {phase}": resident + gathered + model.forward,
         "peak: decoding": resident + (gathered if keep_unsharded else 0) + work["decoding"],
         "peak: update": resident + gradients + gathered + work["activations"],
         "peak: optimizer step": resident + reduced + work["optimizer temporaries"],
     }
+    # Full fine-tuning reads the transformer twice, in dtype with its pipeline and in fp32; a reference is a copy of it.
+    lower = 0 if model.lora_rank or dtype.itemsize == 4 else whole
+    copies = 2 if model.with_reference else 1
+    reading = (dtype.itemsize * numel(frozen) if model.lora_rank else master * copies) + lower
+    loading = reading + held["buffers"] + encoder_bytes + held["autoencoder"]
+    if model.unified:
+        # models/qwen.py brings the language model whole, in fp32 where it is not LoRA that is trained, to the GPU;
+        # what is read beside it stays in CPU memory until it is sharded, queries and connector twice.
+        language, adapted = model.flow.parts["lm"], getattr(model.flow.parts["lm"], "peft_config", None)
+        itemsize = dtype.itemsize if adapted else 4
+        fresh = itemsize * (numel(language.parameters()) + numel(model.frozen["vision tower"]))
+        if "lm" in (model.flow.reference_parts or {}):  # copied before it is rounded
+            fresh = max(fresh, 8 * numel(language.parameters()) + frozen_bytes["vision tower"])
+        rest = [p for name, part in model.flow.parts.items() if name != "lm" for p in part.parameters()]
+        doubled = [p for name in ("queries", "connector") for p in model.flow.parts[name].parameters()]
+        reading = (4 + dtype.itemsize * (copies - 1)) * numel(rest) + 4 * numel(doubled)
+        loading = max(fresh, reading + held["autoencoder"])
+        lower = 0 if model.lora_rank or dtype.itemsize == 4 else dtype.itemsize * numel(trained)  # what it exports
+        if device_type == "cuda":
+            peaks = {"peak: loading": fresh} | peaks
     if device_type == "cpu":
         # Export: full copies in fp32, and in dtype where the whole model is written.
-        peaks["peak: export"] = resident + master + (0 if lora_rank or dtype.itemsize == 4 else whole)
+        peaks["peak: export"] = resident + master + lower
 
-    # Full fine-tuning reads the transformer twice, in dtype with its pipeline and in fp32; a reference is a copy of it.
-    lower = 0 if lora_rank or dtype.itemsize == 4 else whole
-    reading = (dtype.itemsize * numel(frozen) if lora_rank else master * (2 if with_reference else 1)) + lower
     offloaded = sum(host.values())
     host["prompt cache"] = cache_prompts * cached_bytes
-    host["loading"] = reading + held["buffers"] + encoder_bytes + held["autoencoder"]
+    host["loading"] = loading
     host["checkpoint"] = 0 if cpu_offload else trained_shard * (4 if ema else 3)
     host["export"] = master + lower  # rank 0
     host["peak"] = max(host["loading"], offloaded + host["prompt cache"] + max(host["checkpoint"], host["export"]))
@@ -247,12 +516,32 @@ def table(sizes):
         if size == 0:
             continue
         large = size > 0.05 * sizes["host: peak" if name.startswith("host: ") else "peak"]
-        flags = FLAGS.get(name, "") if large else ""
-        lines.append(f"{name:{width}}  {size / 2**30:9.3f}  {flags}".rstrip())
+        lines.append(f"{name:{width}}  {size / 2**30:9.3f}  {_flags(name, sizes) if large else ''}".rstrip())
     phase = max((name for name in sizes if name.startswith("peak: ")), key=sizes.get)
     lines.append(f"needed per GPU: {sizes['peak'] / 2**30:.2f} GiB, in its {phase.removeprefix('peak: ')} phase; ")
     lines[-1] += "reward models, the CUDA context and fragmentation come on top"
     return "\n".join(lines)
+
+
+def pretraining_table(found):
+    """The text of `pretraining`: GiB by the number of GPUs, and what lowers what is above 5 % of a peak."""
+    names = [name for name in next(iter(found.values())) if any(sizes[name] for sizes in found.values())]
+    width = max(map(len, names))
+    head = "".join(f"{f'{count} GPU' if count == 1 else f'{count} GPUs':>11}" for count in found)
+    lines = [f"{'GiB per GPU':{width}}{head}  lower it with"]
+    for name in names:
+        peak = "host: peak" if name.startswith("host: ") else "peak"
+        large = any(sizes[name] > 0.05 * sizes[peak] for sizes in found.values())
+        row = "".join(f"{sizes[name] / 2**30:11.3f}" for sizes in found.values())
+        lines.append(f"{name:{width}}{row}  {_flags(name, found[next(iter(found))]) if large else ''}".rstrip())
+    lines.append("the CUDA context and fragmentation come on top; so does a reward model of evaluation")
+    return "\n".join(lines)
+
+
+def _flags(name, sizes):
+    # A unified model, which has a vision tower, refuses that one.
+    flags = FLAGS.get(name, "")
+    return flags.replace("--offload-encoders, ", "") if sizes["vision tower"] else flags
 
 
 def numel(parameters):
@@ -288,8 +577,6 @@ def _pipeline(source, dtype):
         family, kind, components = "kontext", "FluxKontextPipeline", _flux_dev()
     else:
         family, folder = models.family(source), source
-        if family not in MODELS:
-            raise ValueError(f"--dry-run knows no unified models yet, and --model {source} is one")
         if not os.path.isdir(source):
             from huggingface_hub import snapshot_download
 
@@ -338,6 +625,88 @@ def _components(folder):
     return components
 
 
+def _unified_config(source):
+    """config.json of a unified model and the folder that it is in; (None, None) for any other model. Of an adapter,
+    those of the model it belongs to, as models/blip3o.py reads it."""
+    if source in models.FULL_SIZE and not os.path.isdir(source):
+        lm, dit = models.FULL_SIZE[source]
+        connector = blip3o.VARIANTS[source]["connector"]
+        config = dict(model_type=source, lm=lm, sana=dit, num_queries=256, image_tokens=576)
+        config |= dict(width=QWEN_VL_3B["text_config"]["hidden_size"], out_width=SANA_1600M["caption_channels"])
+        return config | {name: connector[name] for name in ("num_layers", "head_dim")}, ""
+    folder = models.folder_or_id(source)
+    config = models.unified(folder)
+    while config and "base" in config:
+        folder = models.folder_or_id(config["base"])
+        config = models.unified(folder)
+        if config is None:
+            raise ValueError(f"'{source}' is an adapter of '{folder}', and that is no folder of a unified model")
+    return config, os.path.abspath(folder)
+
+
+def _unified(config, folder, dtype, lora_rank, with_reference, train_lm, prompt_tokens):
+    """models/blip3o.py's `load` on the meta device. Prompts are numbers of tokens, so that no tokenizer is needed."""
+    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
+    from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # see models/pipeline.py
+    source = blip3o._source(folder, config["lm"], models.LM_ALIASES)
+    if source == models.LM_ALIASES["qwen2.5-vl-3b"]:
+        lm_config, eyes = Qwen2_5_VLConfig(**QWEN_VL_3B), Qwen2VLImageProcessorPil(**QWEN_VL_EYES)
+    elif models.model_type(source) != "qwen2_5_vl":
+        raise ValueError(f"its language model '{source}' is no Qwen2.5-VL; nothing else is supported")
+    else:
+        lm_config = _read(source, lambda: AutoConfig.from_pretrained(source))
+        eyes = _read(source, lambda: Qwen2VLImageProcessorPil.from_pretrained(source))
+    source = blip3o._source(folder, config["sana"], models.ALIASES)
+    if source in (dit for _, dit in models.FULL_SIZE.values()):
+        dit_config, vae_config = SANA_1600M, DC_AE_F32C32
+    else:
+        dit_config = _read(source, lambda: SanaTransformer2DModel.load_config(source, subfolder="transformer"))
+        vae_config = _read(source, lambda: AutoencoderDC.load_config(source, subfolder="vae"))
+    with torch.device("meta"):
+        lm = Qwen2_5_VLForConditionalGeneration(lm_config)
+        transformer, vae = SanaTransformer2DModel.from_config(dit_config), AutoencoderDC.from_config(vae_config)
+        if blip3o.VARIANTS[config["model_type"]]["reference"]:
+            transformer.patch_embed = blip3o.ReferencePatchEmbed(transformer.patch_embed)
+        queries, connector = blip3o.new_parts(config)
+    qwen._in_dtype(vae, dtype)
+    if train_lm and lora_rank:
+        qwen._in_dtype(lm, dtype)
+    tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0, encode=lambda text: [0, 0])
+    lora = dict(lora_rank=lora_rank, lora_alpha=2 * lora_rank, with_reference=with_reference) if train_lm else {}
+    language = qwen.Qwen(lm, tokenizer, "meta", dtype, image_processor=eyes, **lora)
+    parts = {"transformer": transformer, "queries": queries, "connector": connector}
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    rest = (lora_rank, 2 * lora_rank, with_reference, True, train_lm)
+    model = blip3o.BLIP3o(config, folder, folder, language, parts, vae, scheduler, "meta", dtype, *rest)
+
+    def tokenize(message, num_pictures):
+        return [0] * (prompt_tokens - num_pictures) + [language.image_token] * num_pictures
+
+    def look(prompts, pixels):
+        # The tower cuts its windows by the sizes of pictures, which must be numbers.
+        def tower(values, grid_thw):
+            with _Meeting():
+                return language.tower(values, grid_thw=torch.cat([part.image_grid_thw for part in pixels]))
+
+        seer = copy.copy(language)
+        seer.tower = tower
+        return qwen.Qwen._look(seer, prompts, pixels)
+
+    model.eyes._tokenize, model.eyes._look = tokenize, look
+    return model
+
+
+def _read(source, read):
+    """read(), which reads a config of a folder or hub id."""
+    try:
+        return read() if os.path.isdir(source) else models.hub(source, read)
+    except OSError as error:
+        raise RuntimeError(f"'{source}' is incomplete, download or save it again: {error}") from None
+
+
 def _flux_dev():
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -370,16 +739,11 @@ def _cached(encode_rows, prompts):
     return {name: torch.empty(len(prompts), *t.shape[1:], dtype=t.dtype) for name, t in rows.items()}
 
 
-def _velocity(model, cond, rows, size, guidance):
-    cond = {name: t.new_empty(rows, *t.shape[1:]) for name, t in cond.items()}
-    x = torch.empty(rows, model.latent_channels, *size, device="meta")
-    return model.velocity(x, torch.empty(rows, device="meta"), cond, (guidance, 1.0))
-
-
 def _reduce_per_block(groups, ranks):
     """What FSDP2 does to gradients, in bytes: those of a group wait for one another, are copied to one fp32 buffer and
-    freed; the buffer stays until the next group's, the shard that comes out is added to the sum over tiles."""
-    buffers = []
+    freed; the buffer stays until the next group's, the shard that comes out is added to the sum over tiles. Returns the
+    handles of the hooks that do it."""
+    buffers, hooks = [], []
 
     def after_backward(p, group):
         if all(p.grad is not None for p in group):
@@ -392,7 +756,8 @@ def _reduce_per_block(groups, ranks):
     for group in groups:
         group = [p for p in group if p.requires_grad]
         for p in group:
-            p.register_post_accumulate_grad_hook(functools.partial(after_backward, group=group))
+            hooks.append(p.register_post_accumulate_grad_hook(functools.partial(after_backward, group=group)))
+    return hooks
 
 
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
@@ -404,10 +769,11 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 class _Alive(TorchDispatchMode):
     """Inside, `live` is the bytes of all storages on the meta device that exist beside those of `modules`, and `peak`
-    their maximum."""
+    their maximum. `answer` is what a question about the values of a tensor gets, of which there are none."""
 
-    def __init__(self, modules):
+    def __init__(self, modules, answer=False):
         super().__init__()
+        self.answer = answer
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         self.known = {t.untyped_storage()._cdata for t in tensors}
         self.live = self.peak = 0
@@ -423,7 +789,7 @@ class _Alive(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # transformers asks whether a mask is all ones, to do without it. Prompts have padding.
-            return False
+            return self.answer
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
@@ -438,3 +804,12 @@ class _Alive(TorchDispatchMode):
     def _freed(self, address, size):
         self.known.discard(address)
         self.live -= size
+
+
+class _Meeting(TorchDispatchMode):
+    """Inside, what has values loses them where it meets what has none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+        return function(*args, **(kwargs or {}))

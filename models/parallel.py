@@ -232,6 +232,16 @@ def same_text(text):
     return bytes(data.tolist()).rstrip(b"\0").decode()
 
 
+def gather_text(text):
+    """Every rank's text, in rank order, on every rank. Communicates."""
+    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    sizes = all_gather(torch.tensor([len(encoded)])).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: len(encoded)] = encoded
+    rows = all_gather(padded).view(len(sizes), -1)
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes)]
+
+
 def agree(flag):
     """True on every rank if it is true on any. Communicates."""
     vote = torch.tensor([int(flag)])

@@ -19,6 +19,7 @@ import os
 import unicodedata
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -41,6 +42,7 @@ PROCESSOR_FILES = [
     "processor_config.json",
     "chat_template.json",
 ]
+PATCHES = 2**15  # of pictures that the vision tower sees in one call; 6,000 are one of 1,100 x 1,100 px
 BLOCK = 256  # tokens of the vocabulary that are drawn as one, before one of them is
 SYNC_EVERY = 8  # tokens between two questions to the device whether all rows have ended
 
@@ -217,7 +219,7 @@ class Qwen:
         the message says itself where. Raises ValueError for a prompt that is empty, leaves less than max_new_tokens of
         the model's context or has not as many places as pictures, and for pictures that the model does not take.
         """
-        prompts, messages = [], list(messages)
+        prompts, seen, messages = [], [], list(messages)  # seen: number and pixels of those with pictures
         for message, pictures in zip(messages, images or [None] * len(messages), strict=True):
             pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures or [])
             if pictures and not self.takes_images:
@@ -234,12 +236,20 @@ class Qwen:
                 pixels = self.image_processor(images=pictures, return_tensors="pt")
                 sizes = iter((pixels.image_grid_thw.prod(1) // self.image_processor.merge_size**2).tolist())
                 ids = [i for token in ids for i in [token] * (next(sizes) if token == self.image_token else 1)]
+                seen.append((len(prompts), pixels))
             if len(ids) > self.context - max_new_tokens:
                 raise ValueError(
                     f"a prompt of {len(ids)} tokens and --max-new-tokens {max_new_tokens} do not fit into the context "
                     f"of {self.context} tokens: {str(message)[:60]!r}"
                 )
-            prompts.append(self._look(ids, pixels) if pictures else ids)
+            prompts.append(ids)
+        while seen:  # some pictures at a time: few calls, and little memory
+            patches = np.cumsum([len(pixels.pixel_values) for _, pixels in seen])
+            count = max(1, int(np.searchsorted(patches, PATCHES, side="right")))
+            numbers, pixels = zip(*seen[:count])
+            for number, prompt in zip(numbers, self._look([prompts[n] for n in numbers], pixels)):
+                prompts[number] = prompt
+            seen = seen[count:]
         return prompts
 
     def _tokenize(self, message, num_pictures):
@@ -255,17 +265,24 @@ class Qwen:
         )
 
     @torch.no_grad()
-    def _look(self, ids, pixels):
-        """The `Prompt` of ids with one placeholder for every token of the pictures in `pixels`."""
-        grid = pixels.image_grid_thw
-        out = self.tower(pixels.pixel_values.to(self.device, self.dtype), grid_thw=grid.to(self.device))
-        deepstack = list(getattr(out, "deepstack_features", None) or [])
-        tokens = torch.tensor([ids])
-        seen = tokens == self.image_token
-        # Text counts up; the tokens of a picture share one time and count rows and columns from there; what follows
-        # goes on after the larger of the two (section 2.1 of Qwen2-VL, https://arxiv.org/abs/2409.12191).
-        positions, _ = self.parts["lm"].model.get_rope_index(tokens, mm_token_type_ids=seen.int(), image_grid_thw=grid)
-        return Prompt(ids, seen[0].nonzero()[:, 0], positions[:, 0], out.pooler_output, deepstack)
+    def _look(self, prompts, pixels):
+        """The `Prompt` of each of some lists of ids with one placeholder for every token of its pictures in pixels."""
+        grids = [part.image_grid_thw for part in pixels]
+        values = torch.cat([part.pixel_values for part in pixels])
+        out = self.tower(values.to(self.device, self.dtype), grid_thw=torch.cat(grids).to(self.device))
+        sizes = [int((grid.prod(1) // self.image_processor.merge_size**2).sum()) for grid in grids]
+        deepstack = [level.split(sizes) for level in getattr(out, "deepstack_features", None) or []]
+        looked = []
+        for n, (ids, grid, features) in enumerate(zip(prompts, grids, out.pooler_output.split(sizes))):
+            tokens = torch.tensor([ids])
+            seen = tokens == self.image_token
+            # Text counts up; the tokens of a picture share one time and count rows and columns from there; what follows
+            # goes on after the larger of the two (section 2.1 of Qwen2-VL, https://arxiv.org/abs/2409.12191).
+            kinds = seen.int()
+            positions, _ = self.parts["lm"].model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=grid)
+            levels = [level[n] for level in deepstack]
+            looked.append(Prompt(ids, seen[0].nonzero()[:, 0], positions[:, 0], features, levels))
+        return looked
 
     def check_lengths(self, prompts, max_new_tokens):
         """Raise encode's ValueError for the first of an iterable of prompts without pictures that does not fit into the

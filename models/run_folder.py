@@ -11,7 +11,8 @@ import os
 import shutil
 import time
 
-MAY_CHANGE = ("num_iterations", "eval_every", "save_every", "track")  # when a run is resumed
+# When a run is resumed; max_bad, of pretrain.py, after a run has ended for bad data.
+MAY_CHANGE = ("num_iterations", "eval_every", "save_every", "track", "max_bad")
 
 
 def saved_args(run, args, may_change, given):
@@ -37,7 +38,7 @@ def saved_args(run, args, may_change, given):
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"--resume {run}: {flag} is {saved[name]} in that run and cannot become {_plain(value)}; "
-                f"only {', '.join('--' + m.replace('_', '-') for m in may_change)} may change"
+                f"only {', '.join('--' + m.replace('_', '-') for m in may_change if hasattr(args, m))} may change"
             )
         changed[name] = value
     for name, value in saved.items():

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -717,21 +718,30 @@ def test_bfloat16_training_step_under_fsdp(folder, world, lora_rank):
 # tiny-blip3o and errors
 
 
-def test_tiny_blip3o(tmp_path):
+def test_tiny_unified_models(tmp_path):
     for variant in VARIANTS:
-        tiny.blip3o_folder(tmp_path / variant, variant)
-        tiny.blip3o_folder(tmp_path / "again", variant)
-        first, second = (load_file(tmp_path / name / "model.safetensors") for name in (variant, "again"))
-        assert all(torch.equal(t, second[name]) for name, t in first.items())
-    assert models.family("tiny-blip3o") == "blip3o" and models.lm_family("tiny-blip3o") == "qwen2.5-vl"
-    model = models.load("tiny-blip3o", "cpu", torch.float32)
-    assert model.reference_images == "optional" and model.latent_size(32, 32) == (8, 8)
-    with torch.no_grad():
-        x, prompts = model.init_noise(torch.zeros(2, dtype=torch.int64), 32, 32), ["a red circle", "a blue square"]
-        cond = model.condition(model.encode(prompts))
-        v = model.velocity(x, torch.full((2,), 0.8), cond, (2.0, 1.0))
-        assert model.decode(x - 0.8 * v).shape == (2, 3, 32, 32)
-    assert (v[0] - v[1]).abs().max() > 0.001  # untrained, it hardly listens
+        for make in (tiny.blip3o_folder, tiny.blip3o_start):
+            make(tmp_path / variant, variant=variant)
+            make(tmp_path / "again", variant=variant)
+            first, second = (load_file(tmp_path / name / "model.safetensors") for name in (variant, "again"))
+            assert all(torch.equal(t, second[name]) for name, t in first.items())
+    for name in models.UNIFIED:
+        family = name.split("-")[1]
+        assert models.family(name) == family and models.lm_family(name) == "qwen2.5-vl"
+        model = models.load(name, "cpu", torch.float32)
+        assert model.reference_images == "optional" and model.latent_size(32, 32) == (4, 4)
+        assert ("reference" in model.encode(["a"], pictures(1, (32, 32)))) == (family == "blip3o")
+
+
+def test_exported_model_finds_parts_that_lay_beside_its_start(tmp_path):
+    """config.json of tiny-blip3o-start names its parts relative to itself: an export must name their place."""
+    shutil.copytree(models.folder_or_id("tiny-blip3o"), tmp_path / "a" / "tiny-blip3o")
+    shutil.copytree(models.folder_or_id("tiny-blip3o-start"), tmp_path / "a" / "start")
+    model = load(tmp_path / "a" / "start")
+    again = load(export(model, tmp_path / "b" / "c" / "run"))
+    assert same_weights(again, model)
+    config = json.loads((tmp_path / "b" / "c" / "run" / "config.json").read_text())
+    assert config["lm"] == str(tmp_path / "a" / "tiny-blip3o" / "lm")
 
 
 def test_errors(folders, tmp_path):
@@ -784,7 +794,7 @@ def train_edits(out):
     blip3o.BLIP3o.encode = encode_and_record
     size = dict(num_iterations=2, num_prompts=2, group_size=3, micro_batch_size=6, eval_size=2, num_updates=1)
     guided = dict(guidance=2.0, image_guidance=1.5, kl_coef=0.1, reward=("jpeg",))
-    args = flow_grpo.recipe("tiny-blip3o")
+    args = flow_grpo.recipe("tiny-blip3o-start")
     edits = dict(prompts="shapes-edit", eval_prompts="shapes-edit")
     flow_grpo.main(dataclasses.replace(args, out=out, eval_every=2, save_every=2, **edits, **size, **guided))
     return seen, run_folder.rows(out)

@@ -17,13 +17,14 @@ import torch
 
 import dance_grpo
 import flow_grpo
+import grpo_unified
 import pretrain
 import remax
 import rloo
 from models import parallel, run_folder
 
 ROOT = Path(flow_grpo.__file__).parent
-SCRIPTS = [flow_grpo, dance_grpo, rloo, remax, pretrain]
+SCRIPTS = [flow_grpo, dance_grpo, grpo_unified, rloo, remax, pretrain]
 TINY = (
     "--num-prompts 2 --group-size 4 --micro-batch-size 4 --num-steps 3 --eval-num-steps 2 --eval-size 4 --eval-every 2"
 )
@@ -113,7 +114,6 @@ def test_wrong_flow_grpo_flags_are_one_message(tmp_path):
         (["--group-size", "1", "--micro-batch-size", "1"], "--group-size must be at least 2"),
         (["--noise-level", "0"], "--noise-level positive"),
         (["--image-guidance", "1.5"], "--image-guidance 1.5: --model tiny-flux has none, only unified models"),
-        (["--model", "tiny-blip3o", "--dry-run"], "--dry-run knows no unified models yet, and --model "),
         (["--sigma-schedule", "single"], "--sigma-schedule single: only sd3 models have one"),
         (["--prompts", "shapes-edit"], "--prompts have images and --model makes pictures from text"),
         (["--model", "tiny-kontext", "--prompts", "shapes"], "--model edits pictures and --prompts have none"),
@@ -152,8 +152,8 @@ def test_wrong_pretrain_flags_are_one_message(tmp_path):
         (["--reward", "shap"], "unknown reward 'shap', did you mean 'shapes'?"),
         (["--model", "tiny"], "unknown model 'tiny'"),
         (["--resolution", "31"], "--resolution: 31 x 31 is not a multiple of"),
-        (["--data", str(tmp_path / "none.parquet")], "none.parquet: no such file"),
-        (["--data", str(tmp_path / "texts.jsonl")], "has no image"),
+        (["--data", str(tmp_path / "none.parquet"), "--edit-data", ""], "none.parquet: no such file"),
+        (["--data", str(tmp_path / "texts.jsonl"), "--edit-data", ""], "expected a picture, got none"),
     ]
     (messages,) = processes.run(refusals, "pretrain", [[*tiny, *argv] for argv, _ in cases])
     for (argv, expected), message in zip(cases, messages):
@@ -207,10 +207,11 @@ def test_only_memory_errors_are_taken_for_memory_errors():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_flag_is_read_and_explained(script, capsys):
     tree = ast.parse(Path(script.__file__).read_text())
-    (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
     read = {
         node.attr
-        for node in ast.walk(main)
+        for function in tree.body
+        if isinstance(function, ast.FunctionDef) and function.name != "recipe"
+        for node in ast.walk(function)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
     names = [field.name for field in fields(script.Args)]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import models
-from models import flux, memory, parallel, tiny
+from models import blip3o, flux, memory, parallel, tiny
 
 SD3 = "stable_diffusion_3.pipeline_stable_diffusion_3"
 KLEIN = "flux2.pipeline_flux2_klein"
@@ -125,6 +125,173 @@ def test_bytes_of_a_folder_are_those_of_the_loaded_model(source, dtype, lora_ran
     assert sizes["prompt embeddings"] == sum(rows.nbytes for rows in model.encode(["a", "b"], images).values())
     cached = sum(t.nbytes for t in next(iter(model.cache.rows.values())).values())
     assert sizes["host: prompt cache"] == 512 * cached
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Unified models
+
+
+def connector_parameters(width, out, layers, head, ff, out_bias, ff_bias):
+    attention = 3 * (width * width + width) + width * width + out_bias * width + 2 * head
+    return layers * (attention + 2 * width + 3 * width * ff + ff_bias * (2 * ff + width)) + width, width * out + out
+
+
+def test_full_size_parts_have_the_published_numbers_of_parameters(offline):
+    lm = {"lm": 3_085_938_688, "vision tower": 3_754_622_976 - 3_085_938_688}  # Qwen2.5-3B's, and the whole's
+    sana, autoencoder, width = 1_604_462_752, 312_250_275, 2240
+    reference = 32 * width + width + width * width + width  # ref_patch_embed, ref_linear
+    found = memory.parameters("blip3o")
+    assert sum(connector_parameters(2048, 2304, 12, 256, 4096, True, True)) == 508_315_904
+    assert found == lm | dict(
+        transformer=sana + reference, queries=2 * 256 * 2048, connector=508_315_904, autoencoder=autoencoder
+    )
+    found = memory.parameters("metaquery")
+    blocks, out = connector_parameters(2048, 2304, 24, 64, 8192, False, False)
+    connector = blocks + out + 2304 * 2304 + 2304 + 2304  # a second matrix, and a norm
+    assert found == lm | dict(transformer=sana, queries=257 * 2048, connector=connector, autoencoder=autoencoder)
+    assert abs(found["transformer"] / 1.6e9 - 1) < 0.01  # as its name says
+
+
+def test_a_full_size_name_is_a_recipe_and_no_model(offline):
+    assert models.family("blip3o") == "blip3o" and models.family("metaquery") == "metaquery"
+    for load in (models.pipeline_class, lambda name: models.load(name, "cpu", torch.float32)):
+        with pytest.raises(ValueError, match="blip3o.create.'metaquery', 'qwen2.5-vl-3b', .*'metaquery'") as error:
+            load("metaquery")
+        assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def unified(tmp_path_factory):
+    """Folders of an untrained BLIP3o and MetaQuery on tiny models."""
+    path = tmp_path_factory.mktemp("unified")
+    for variant in ("blip3o", "metaquery"):
+        tiny.blip3o_folder(str(path / variant), variant)
+    return path
+
+
+@pytest.mark.parametrize(
+    "variant, dtype, lora_rank, train_lm",
+    [
+        ("blip3o", torch.bfloat16, 0, False),
+        ("blip3o", torch.bfloat16, 5, True),
+        ("metaquery", torch.float32, 0, True),
+        ("metaquery", torch.bfloat16, 5, False),
+    ],
+)
+def test_bytes_of_a_unified_folder_are_those_of_the_loaded_model(unified, variant, dtype, lora_rank, train_lm):
+    source = str(unified / variant)
+    model = models.load(
+        source, "cpu", dtype, lora_rank=lora_rank, lora_alpha=10, with_reference=True, train_lm=train_lm
+    )
+    options = dict(lora_rank=lora_rank, with_reference=True, train_lm=train_lm, reference_image=True)
+    sizes = memory.estimate(source, dtype, **RUN, **options, prompt_tokens=60)
+    tensors = [p for part in model.parts.values() for p in part.parameters()]
+    assert sizes["model, unsharded"] == sum(p.nbytes for p in tensors)
+    assert sizes["trained parameters"] == sum(p.nbytes for p in tensors if p.requires_grad) > 0
+    assert sizes["frozen parameters"] == sum(p.nbytes for p in tensors if not p.requires_grad)
+    assert (sizes["frozen parameters"] > 0) == (not train_lm or lora_rank > 0)
+    copies = list((model.reference_parts or {}).values())
+    assert sizes["reference copy"] == sum(p.nbytes for m in copies for p in m.parameters())
+    assert len(copies) == (0 if lora_rank else 3 + train_lm)
+    assert sizes["buffers"] == sum(b.nbytes for m in [*model.parts.values(), *copies] for b in m.buffers())
+    assert sizes["autoencoder"] == sum(p.nbytes for p in model.vae.parameters())
+    assert sizes["vision tower"] == sum(p.nbytes for p in model.lm.tower.parameters()) > 0 == sizes["text encoders"]
+    counts = {
+        name: sum(p.numel() for p in part.parameters() if ".lora_" not in name) for name, part in model.parts.items()
+    }
+    if lora_rank == 0:
+        counts |= {"vision tower": memory.numel(model.lm.tower.parameters())}
+        counts |= {"autoencoder": memory.numel(model.vae.parameters())}
+        assert memory.parameters(source) == counts
+    rows = model.encode(["a", "b"], torch.rand(2, 3, 32, 32))
+    assert rows["ids"].shape == (2, 96)  # 60 tokens, 16 in place of one of them, 2 of the turn; padded
+    assert sizes["prompt embeddings"] == sum(t.nbytes for t in rows.values())
+    assert sizes["host: prompt cache"] == 0
+
+
+def test_an_adapter_folder_is_estimated_as_the_model_it_belongs_to(unified, tmp_path):
+    source = str(unified / "blip3o")
+    model = models.load(source, "cpu", torch.float32, lora_rank=2, lora_alpha=2)
+    model.save(str(tmp_path / "adapter"), {name: p.detach() for name, p in parallel.trained(model.parts).items()})
+    run = dict(RUN, tile_rows=2)
+    assert memory.estimate(str(tmp_path / "adapter"), torch.float32, **run) == memory.estimate(
+        source, torch.float32, **run
+    )
+
+
+def test_ranks_divide_what_is_sharded(offline):
+    run = dict(micro_batch_size=2, resolution=512, ema=True, checkpoint_activations=True)
+    found = memory.pretraining("blip3o", torch.bfloat16, **run)
+    counts = memory.parameters("blip3o")
+    trained = 4 * sum(counts[name] for name in ("transformer", "queries", "connector"))
+    assert list(found) == [1, 8, 64]
+    for ranks, sizes in found.items():
+        # Of each parameter a rank has ceil(rows / ranks): of a block's table of 6 shifts and scales a row.
+        assert trained <= ranks * sizes["trained parameters"] < 1.002 * trained
+        assert 2 * counts["lm"] <= ranks * sizes["frozen parameters"] < 1.001 * 2 * counts["lm"]
+        assert sizes["optimizer state"] == 2 * sizes["trained parameters"] == 2 * sizes["averaged weights"]
+        assert sizes["gradients"] == sizes["trained parameters"]
+        assert sizes["vision tower"] == 2 * counts["vision tower"] and sizes["autoencoder"] == 2 * counts["autoencoder"]
+        assert sizes["reference copy"] == sizes["trajectories"] == 0
+        # The language model comes in fp32 before it is rounded and sharded.
+        assert sizes["peak: loading"] == 4 * (counts["lm"] + counts["vision tower"])
+        assert sizes["host: export"] == trained + trained // 2
+    text = memory.pretraining_table(found)
+    assert text.splitlines()[0].split()[3:9] == ["1", "GPU", "8", "GPUs", "64", "GPUs"]
+    row = next(line for line in text.splitlines() if line.startswith("trained parameters")).split()
+    assert row[2:5] == [f"{found[ranks]['trained parameters'] / 2**30:.3f}" for ranks in (1, 8, 64)]
+    assert "--offload-encoders" not in text
+
+
+@pytest.mark.parametrize("source", ["unified", "tiny-flux", "tiny-sd3", "tiny-sana", "tiny-klein"])
+def test_pretraining_of_every_family(source, unified):
+    source = str(unified / "blip3o") if source == "unified" else source
+    run = dict(micro_batch_size=32, resolution=32)
+    one, two = memory.pretraining(source, torch.float32, **run, gpus=(1, 2)).values()
+    rl = memory.estimate(
+        source, torch.float32, tile_rows=32, num_samples=32, num_prompts=32, num_states=2, resolution=32
+    )
+    same = {name for name in one if one[name] == rl.get(name)}
+    assert same >= {"trained parameters", "optimizer state", "autoencoder", "prompt embeddings", "decoding"}
+    assert one["evaluation forward"] == rl["rollout forward"] and one["trajectories"] == 0 < rl["trajectories"]
+    # The pictures' latents are found while nothing of the transformer is alive: the backward is the peak of both.
+    assert 0.9 * rl["activations"] < one["activations"] < 1.3 * rl["activations"]
+    assert two["trained parameters"] < 0.6 * one["trained parameters"]
+    run |= dict(checkpoint_activations=True, ema=True, shard_size=2)
+    one_group, saved = memory.pretraining(source, torch.float32, **run, gpus=(1, 4)).values()
+    assert saved["activations"] < 0.9 * two["activations"]
+    # Groups of 2; alone there is no group.
+    assert saved["averaged weights"] == saved["trained parameters"] == two["trained parameters"]
+    assert one_group["trained parameters"] == one["trained parameters"]
+
+
+def test_a_trained_language_model_is_no_longer_frozen(unified):
+    run = dict(micro_batch_size=2, resolution=32, gpus=(1,))
+    source = str(unified / "blip3o")
+    frozen, trained = (memory.pretraining(source, torch.bfloat16, **run, train_lm=t)[1] for t in (False, True))
+    lm = memory.parameters(source)["lm"]
+    assert trained["trained parameters"] - frozen["trained parameters"] == 4 * lm
+    assert (frozen["frozen parameters"], trained["frozen parameters"]) == (2 * lm, 0)
+    assert trained["activations"] > frozen["activations"]  # the inputs of its matrices, for their gradients
+
+
+def test_errors_of_unified_models(unified):
+    source = str(unified / "blip3o")
+    for options, message in (
+        (dict(offload_encoders=True), "has to stay|which stays"),
+        (dict(resolution=33), "33 x 33"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            memory.estimate(source, torch.float32, **RUN | options)
+    with pytest.raises(ValueError, match="no language model to train"):
+        memory.estimate("tiny-flux", torch.float32, **RUN, train_lm=True)
+    with pytest.raises(RuntimeError, match="hf download"):
+        blip3o._write_config(str(unified), blip3o._read_config(source) | dict(lm="somebody/qwen"))
+        memory.estimate(str(unified), torch.float32, **RUN)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exact: what else is encoded, and shards of the real thing
 
 
 def test_sd3_without_t5_has_two_encoders(tmp_path):
@@ -373,7 +540,22 @@ MEASURED = {
         *(tiny.klein_pipeline, dict(num_heads=4, head_dim=64, text_dim=64)),
         dict(num_prompts=1, group_size=8, num_steps=2, lora_rank=8) | EDITS,
     ),
+    "blip3o": (
+        *(None, {}),
+        dict(num_prompts=1, group_size=2, num_steps=2, lora_rank=0, guidance=2.0),
+    ),
 }
+PRETRAIN = dict(micro_batch_size=4, resolution=64, guidance=2.0, lora_rank=0)
+
+
+def medium_unified(folder):
+    """A BLIP3o of 13 M parameters."""
+    lm = tiny.qwen_vl(width=256, num_layers=5, num_heads=8, ff_dim=1024)
+    for part in (lm, tiny.qwen_vl_tokenizer(), tiny.qwen_vl_processor()):
+        part.save_pretrained(os.path.join(folder, "parts", "lm"))
+    tiny.sana_pipeline(num_layers=4, num_heads=8, head_dim=32).save_pretrained(os.path.join(folder, "parts", "sana"))
+    parts = (os.path.join(folder, "parts", name) for name in ("lm", "sana"))
+    blip3o.create(folder, *parts, num_queries=64, image_tokens=64, num_layers=4, head_dim=32)
 
 
 def resident(field):
@@ -384,6 +566,7 @@ def resident(field):
 def one_iteration_each(results, folder):
     """Peak of the resident memory of a run of every model in `folder`, in bytes above what the process held before."""
     import flow_grpo
+    import pretrain
 
     # glibc then returns what is freed at once, so that what is resident is what is alive.
     libc = ctypes.CDLL(None)
@@ -404,15 +587,43 @@ def one_iteration_each(results, folder):
         flags = flags | dict(micro_batch_size=flags["num_prompts"] * flags["group_size"], resolution=64)
         flow_grpo.main(flow_grpo.Args(model=source, out=f"{source} run", **common | flags))
         results.put((name, resident("VmHWM") - before))
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")
+    before = resident("VmRSS")
+    pretrain.main(
+        pretrain.Args(
+            model=os.path.join(folder, "blip3o"),
+            out=os.path.join(folder, "pretrained"),
+            reward="",
+            num_iterations=1,
+            batch_size=PRETRAIN["micro_batch_size"],
+            noise_levels=1,
+            eval_text="",
+            num_steps=1,
+            eval_size=PRETRAIN["micro_batch_size"],
+            keep_unsharded=False,
+            **PRETRAIN,
+        )
+    )
+    results.put(("pretrain", resident("VmHWM") - before))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory can be reset on Linux only")
 def test_predicted_peak_is_within_a_quarter_of_a_measured_run(tmp_path):
     results = processes.Queue()
     for name, (build, dimensions, _) in MEASURED.items():
-        build(**dimensions).save_pretrained(tmp_path / name)
+        if build:
+            build(**dimensions).save_pretrained(tmp_path / name)
+        else:
+            medium_unified(str(tmp_path / name))
     processes.Process(target=one_iteration_each, args=(results, str(tmp_path)), daemon=True).start()
-    for name, measured in [results.get(timeout=120) for _ in MEASURED]:
+    for name, measured in [results.get(timeout=120) for _ in range(len(MEASURED) + 1)]:
+        if name == "pretrain":
+            options = PRETRAIN | dict(ema=True, gpus=(1,), device_type="cpu", prompt_tokens=60, reference_image=True)
+            predicted = memory.pretraining(str(tmp_path / "blip3o"), torch.float32, **options)[1]
+            check(name, measured, predicted["peak"])
+            continue
         flags = MEASURED[name][2]
         num_samples = flags["num_prompts"] * flags["group_size"]
         predicted = memory.estimate(
@@ -428,9 +639,13 @@ def test_predicted_peak_is_within_a_quarter_of_a_measured_run(tmp_path):
             ema=True,
             checkpoint_activations=flags.get("checkpoint_activations", False),
             reference_image="prompts" in flags,
+            prompt_tokens=60,
             device_type="cpu",
         )
-        peak = predicted["peak"]
-        print(f"{name}: measured {measured / 2**20:.0f} MiB, predicted {peak / 2**20:.0f} MiB")
-        assert 0.75 < measured / peak < 1.25
-        assert measured > 100 * 2**20  # tensors, not noise
+        check(name, measured, predicted["peak"])
+
+
+def check(name, measured, peak):
+    print(f"{name}: measured {measured / 2**20:.0f} MiB, predicted {peak / 2**20:.0f} MiB")
+    assert 0.75 < measured / peak < 1.25
+    assert measured > 100 * 2**20  # tensors, not noise

@@ -452,6 +452,55 @@ def test_shapes_takes_tags():
         load("shapes#counting,colours")
 
 
+def test_shapes_user_is_a_fixed_set_of_phrasings():
+    phrases, shapes = pytest.importorskip("data.phrases"), pytest.importorskip("data.shapes")
+    sides = dict(train=(8064, shapes.train_prompts()), eval=(864, shapes.held_out_prompts()))
+    for stream, (split, (num_rows, captions)) in enumerate(sides.items()):
+        prompts = load("shapes-user", split)
+        rows = [prompts[i] for i in range(len(prompts))]
+        assert len(rows) == num_rows
+        assert Counter(row["metadata"]["tag"] for row in rows) == {tag: num_rows // 6 for tag in shapes.TAGS}
+        by_caption, times = {item["prompt"]: item for item in captions}, Counter()
+        for row in rows:
+            caption = phrases.canonical(row["prompt"])
+            assert {**row["metadata"], "prompt": caption} == by_caption[caption] and row["image"] is None
+            times[caption] += 1
+        for tag in shapes.TAGS:  # captions of a tag as often, within one
+            counts = [times[item["prompt"]] for item in captions if item["tag"] == tag]
+            assert max(counts) - min(counts) <= 1 and sum(counts) == num_rows // 6
+        for i in (0, 7, num_rows - 1):  # a phrasing is a function of side and row number
+            item = by_caption[phrases.canonical(rows[i]["prompt"])]
+            assert rows[i]["prompt"] == phrases.user_prompt(item, np.random.default_rng([stream, i]))
+        texts = [row["prompt"] for row in rows]
+        # As often, within four standard errors, as the three templates and the four names of a word make it.
+        as_it_is = [3] * num_rows
+        for i, text in enumerate(texts):
+            as_it_is[i] *= 4 ** len(re.findall("|".join(phrases.SYNONYMS), phrases.canonical(text)))
+        for share, p in (
+            (np.mean([text.startswith("draw ") for text in texts]), 1 / 3),
+            (np.mean([text in by_caption for text in texts]), np.mean(1 / np.array(as_it_is))),
+        ):
+            assert abs(share - p) < 4 * np.sqrt(p * (1 - p) / num_rows)
+        assert len(set(texts)) > 0.5 * num_rows
+    assert len(load("shapes-user", "all")) == 8928
+    assert not set(texts_of(load("shapes-user"))) & set(texts)
+
+
+def test_shapes_user_takes_tags_and_keeps_what_it_holds_out():
+    some = load("shapes-user#counting,colors", "eval")
+    every = load("shapes-user", "eval")
+    wanted = [row for row in (every[i] for i in range(len(every))) if row["metadata"]["tag"] in ("counting", "colors")]
+    assert [some[i] for i in range(len(some))] == wanted and len(wanted) == 288
+    # what is held out stays so whatever evaluation draws; and no phrasing of a held-out caption is in the train set
+    assert len(load("shapes-user", "train", eval_source="shapes-user#colors")) == 8064
+    assert texts_of(load("arithmetic", "eval", eval_source="shapes-user")) == texts_of(every)
+    with pytest.raises(ValueError, match="shapes-user#recolor: expected tags out of single_object.*got 'recolor'"):
+        load("shapes-user#recolor")
+    row = every[0]
+    row["metadata"]["tag"] = "other"  # the caller's own
+    assert every[0]["metadata"]["tag"] == "single_object"
+
+
 def test_shapes_edit_is_a_fixed_set_with_pictures():
     shapes, SCORE = pytest.importorskip("data.shapes"), pytest.importorskip("rewards.shapes").load()
     train, held_out = load("shapes-edit"), load("shapes-edit", "eval")

@@ -485,7 +485,7 @@ def test_load_lm_takes_names_folders_and_ids(one, tmp_path, monkeypatch):
 
 def test_lm_family_is_known_without_weights(one, folder, tmp_path):
     assert {models.lm_family(name) for name in models.LM_ALIASES} == {
-        *("qwen2.5", "qwen3", "qwen2.5-vl", "qwen3-vl", "tiny-qwen", "tiny-qwen-vl")
+        *("qwen2.5", "qwen3", "qwen2.5-vl", "qwen3-vl", "tiny-qwen", "tiny-qwen-vl", "tiny-qwen-refine")
     }
     assert [models.lm_family(name) for name in ("qwen2.5-7b", "qwen2.5-vl-3b")] == ["qwen2.5", "qwen2.5-vl"]
     assert models.lm_family(one) == "qwen3-vl" and models.lm_family(folder) in folder
