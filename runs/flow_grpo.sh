@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 for seed in 1 2 3; do
     python flow_grpo.py --seed $seed --out outputs/flow_grpo-seed$seed
 done
-python pretrain.py --seed 101 --num-iterations 1500 --eval-every 150 --save-every 1500 --out outputs/control-seed1 \
+python pretrain.py --model tiny-flux --seed 101 --num-iterations 1500 --eval-every 150 --save-every 1500 --out outputs/control-seed1 \
     --eval-prompts shapes#single_object,two_object,counting,colors
 python -m runs.plot flow_grpo

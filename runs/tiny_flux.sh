@@ -3,7 +3,8 @@
 # parameter FLUX transformer pretrained by pretrain.py. The learning rate reaches its final value after two thirds of the
 # iterations; over the last third, at that rate, strict accuracy moves by less than 0.02. The
 # weights that are shipped were made by these commands, of which the second was stopped once (SIGTERM, at iteration 1858) and resumed
-# with another number of threads; so a run from start to end agrees with them but for rounding. Tens of minutes on 4 CPU cores.
+# with another number of threads; and pretrain.py drew its noise levels in another way then, so a run of today comes to other weights.
+# Tens of minutes on 4 CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m models.tiny tiny-flux --out outputs/tiny-flux-start
