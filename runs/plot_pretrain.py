@@ -36,7 +36,8 @@ def evaluations(name):
 def curves(path):
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, metrics) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+    panels = figure.subplots(1, len(PANELS))
+    for axes, (title, metrics) in zip(panels, PANELS.items()):
         for name, line in RUNS.items():
             if not os.path.exists(f"runs/results/tiny_{name}.jsonl"):
                 continue
@@ -50,7 +51,7 @@ def curves(path):
         axes.set_xlabel("minutes of training")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+    panels[0].legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 

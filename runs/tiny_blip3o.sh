@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes assets/tiny-blip3o from nothing: a 1.1 M parameter Qwen2.5-VL that answers questions about pictures of the shapes world and
 # reads its captions, an autoencoder, and by `python pretrain.py`, without a flag, queries, connector and DiT. The language
-# model is shipped as it is, all other weights in bf16, half the size. On 4 CPU cores: half an hour for the language model (one core),
+# model is shipped as it is, all other weights in bf16, half the size. On 4 CPU cores: twenty minutes for the language model (one core),
 # five minutes for the autoencoder (one core), at most 20 minutes for the rest. Results: runs/results/tiny_blip3o*.
 set -euo pipefail
 cd "$(dirname "$0")/.."
