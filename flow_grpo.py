@@ -35,7 +35,7 @@ import models
 import rewards
 from data import prompts as prompt_data
 from kernels.sde_step import fold_seed, sde_logp, sde_step
-from models import checkpoint, memory, parallel, run_folder
+from models import card, checkpoint, memory, parallel, run_folder
 
 # Shape suffixes: P prompts per iteration and rank, G samples per prompt, B = P * G samples (or a tile of them), T
 # denoising steps, K trained steps of them (the window), C H W latent. What has K + 1 entries in dim K is the states
@@ -47,6 +47,7 @@ CURVES = [["reward", "eval_reward"], "eval_strict", "reward_std", "kl", "ratio",
 
 @dataclass
 class Args:
+    # Run
     model: str = "tiny-flux"
     """alias (see models/__init__.py), hub id or folder in diffusers layout; choosing one switches all defaults to its
     recipe"""
@@ -66,6 +67,7 @@ class Args:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """what the model computes in; trained weights are fp32 either way"""
 
+    # Size
     num_iterations: int = 240
     """iterations of rollout + updates"""
     num_prompts: int = 16
@@ -78,6 +80,7 @@ class Args:
     num_updates: int = 1
     """optimizer steps per iteration; the first is exactly on-policy"""
 
+    # Sampling
     num_steps: int = 6
     """denoising steps (T) of the rollout"""
     eval_num_steps: int = 6
@@ -103,6 +106,7 @@ class Args:
     image_guidance: float = 1.0
     """guidance on the picture to edit, of unified models (1 = off)"""
 
+    # Algorithm
     advantage_std: Literal["group", "global"] = "global"
     """advantages are divided by the std of their group, or of all samples of the iteration"""
     advantage_clip: float = 5.0
@@ -113,6 +117,7 @@ class Args:
     kl_coef: float = 0.0
     """weight of KL(policy || reference), in nats per latent dim (0 = no reference forward)"""
 
+    # Optimizer
     learning_rate: float = 2e-4
     """AdamW learning rate"""
     warmup_updates: int = 5
@@ -130,6 +135,7 @@ class Args:
     ema_decay: float = 0.97
     """decay per optimizer step of the averaged weights that are evaluated and exported (0 = no averaging)"""
 
+    # Evaluation and saving
     eval_every: int = 60
     """iterations between evaluations on held-out prompts"""
     eval_size: int = 1024
@@ -139,8 +145,9 @@ class Args:
     keep_checkpoints: int = 2
     """newest checkpoints to keep (0 = all)"""
 
+    # Machine
     judge_url: str = ""
-    """OpenAI-compatible endpoint of the rewards that ask a judge, e.g. http://host:8000/v1"""
+    """OpenAI-compatible endpoint of the rewards that ask a judge, e.g. http://host:8000/v1 (empty = none)"""
     judge_model: str = ""
     """model of that endpoint (empty = the one it serves)"""
     reward_device: str = ""
@@ -421,6 +428,8 @@ def main(args: Args):
         reward_device = torch.device(args.reward_device or world.device)
         judge = (args.judge_url, args.judge_model)
         scores = {metric: rewards.load(name, reward_device, *judge) for name, metric, _ in rewards.parse(args.reward)}
+        for part in (train_set, eval_set):
+            rewards.try_out(scores.values(), part[0], args.resolution)
         model = models.load(
             args.model,
             world.device,
@@ -469,7 +478,7 @@ def main(args: Args):
         print(f"attention: {model.attention}; {torch.get_num_threads()} CPU threads per rank")
         eval_from = args.eval_prompts or args.prompts
         print(f"prompts: {len(train_set):,} of {args.prompts}; for evaluation {len(eval_set):,} of {eval_from}")
-    tracker = run_folder.track(run, "flow_grpo", args) if args.track and master else None
+    tracker = run_folder.Tracker(run, "flow_grpo", args) if args.track and master else None
     stop = parallel.StopSignal()
     scorer = ThreadPoolExecutor(1)  # scores one tile while the next one is sampled
 
@@ -531,7 +540,7 @@ def main(args: Args):
             return
         run_folder.append(run, row)
         if tracker:
-            tracker.log(row, step=row["iteration"])
+            tracker.log(row)
         if "eval_reward" in row:
             run_folder.curves(run, CURVES)
             tqdm.write(" | ".join(f"{name} {value:.4g}" for name, value in row.items()))
@@ -699,6 +708,7 @@ def main(args: Args):
         tensors = checkpoint.full_tensors({name: p.detach() for name, p in trained.items()})
     if master:
         model.save(os.path.join(run, "model"), tensors)
+        card.write(os.path.join(run, "model"), run, recipe)
         print(f"wrote {run}: curves.png, samples/, metrics.jsonl, model/")
     stop.restore()
     return row

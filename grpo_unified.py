@@ -37,13 +37,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import models
 import rewards
 from data import prompts as prompt_data
 from kernels.sde_step import fold_seed, sde_logp, sde_step
-from models import blip3o, checkpoint, parallel, qwen, run_folder
+from models import blip3o, card, checkpoint, memory, memory_lm, parallel, qwen, run_folder
 
 # Shape suffixes: P prompts per iteration and rank, G samples per prompt, B = P * G samples (or a tile of them), W of
 # them with tokens of the LM, L tokens of a sample, T denoising steps, K trained steps, S = (sample, step) pairs of a
@@ -65,6 +66,7 @@ CURVES = [
 
 @dataclass
 class Args:
+    # Run
     model: str = "tiny-flux"
     """diffusion model: alias (see models/__init__.py), hub id or folder in diffusers layout; or a unified model, which
     is its own --lm; not used with --task text"""
@@ -87,6 +89,8 @@ class Args:
     hub:owner/name/config:split#column; i2i_cycle needs a "reverse_prompt" in their metadata"""
     eval_prompts: str = ""
     """held-out prompts, same forms (empty = a tenth of --prompts, chosen by hash and never trained on)"""
+    instruction: str = ""
+    """text behind every prompt, e.g. how to mark the answer"""
     out: str = ""
     """run folder (empty = outputs/grpo_unified-<time>)"""
     resume: str = ""
@@ -96,7 +100,8 @@ class Args:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """what the model computes in; trained weights are fp32 either way"""
 
-    num_iterations: int = 120
+    # Size
+    num_iterations: int = 160
     """iterations of rollout + updates"""
     num_prompts: int = 12
     """prompts per iteration and rank (P)"""
@@ -110,39 +115,44 @@ class Args:
     num_updates: int = 1
     """optimizer steps per iteration; the first is exactly on-policy"""
 
+    # Text sampling
     rollout_batch_size: int = 0
-    """texts that are sampled side by side (0 = all of an iteration)"""
+    """texts that are sampled side by side (0 = all of an iteration, and of an evaluation as many)"""
     max_new_tokens: int = 24
     """tokens of the LM's text, at most; one that has not ended by then is truncated"""
     temperature: float = 1.0
     """texts are drawn from softmax(logits / temperature), and their log-probs are those of that distribution"""
 
-    num_steps: int = 8
+    # Image sampling
+    num_steps: int = 6
     """denoising steps (T) of the rollout"""
-    eval_num_steps: int = 8
+    eval_num_steps: int = 6
     """denoising steps of evaluation (ODE)"""
     sampler: Literal["flow_sde", "cps"] = "cps"
     """noise of a trained step: flow_sde (Flow-GRPO) or cps (coefficient-preserving sampling)"""
-    noise_level: float = 0.7
+    noise_level: float = 0.4
     """strength of that noise: a in a sqrt(sigma / (1 - sigma)) for flow_sde, a in sin(a pi / 2) for cps"""
-    shared_noise: bool = False
+    shared_noise: bool = True
     """the samples of a prompt start from one noise, so that only the noise of the trained steps tells them apart"""
-    window_size: int = 0
+    window_size: int = 3
     """noisy, trained steps at a random place inside --window-range, the others are ODE (0 = all steps but the last)"""
-    window_range: tuple[int, int] = (0, 0)
+    window_range: tuple[int, int] = (0, 3)
     """first step and end (exclusive) of where a window may lie (0 0 = all steps but the last)"""
     sigma_schedule: Literal["stock", "single"] = "stock"
     """noise levels: the model's own, or for sd3 with its shift applied once and not twice as diffusers does (the
     published SD3.5 numbers are diffusers')"""
     resolution: int = 32
     """height and width, in pixels; pictures to edit are cropped and resized to it"""
+    lm_resolution: int = 0
+    """the same, of the picture that the LM sees when it refines an edit (0 = --resolution)"""
     guidance: float = 1.0
     """text guidance, embedded or classifier-free as the model has it, in rollout, replay and evaluation alike (1 =
     off)"""
     image_guidance: float = 1.0
     """guidance on the picture to edit, of unified models (1 = off)"""
 
-    advantage_std: Literal["group", "global", "none"] = "group"
+    # Algorithm
+    advantage_std: Literal["group", "global", "none"] = "global"
     """advantages are divided by the std of their group, of all samples of the iteration that the same rewards judge,
     or by nothing (Dr. GRPO)"""
     advantage_clip: float = 5.0
@@ -164,13 +174,14 @@ class Args:
     kl_coef: float = 0.0
     """weight of KL(policy || reference) of a denoising step, in nats per latent dim (0 = no reference forward)"""
 
-    lm_learning_rate: float = 5e-5
+    # Optimizer
+    lm_learning_rate: float = 1e-4
     """AdamW learning rate of the LM"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     """AdamW learning rate of the DM"""
     warmup_updates: int = 5
     """optimizer steps of linear learning-rate warm-up (0 = none)"""
-    decay_iterations: int = 0
+    decay_iterations: int = 160
     """iterations over which the learning rate falls, linearly, to a tenth, where it stays (0 = constant)"""
     weight_decay: float = 0.0
     """AdamW weight decay"""
@@ -185,6 +196,7 @@ class Args:
     ema_decay: float = 0.95
     """decay per optimizer step of the averaged weights that are evaluated and exported (0 = no averaging)"""
 
+    # Evaluation and saving
     eval_every: int = 40
     """iterations between evaluations on held-out prompts"""
     eval_size: int = 864
@@ -194,8 +206,9 @@ class Args:
     keep_checkpoints: int = 2
     """newest checkpoints to keep (0 = all)"""
 
+    # Machine
     judge_url: str = ""
-    """OpenAI-compatible endpoint of the rewards that ask a judge, e.g. http://host:8000/v1"""
+    """OpenAI-compatible endpoint of the rewards that ask a judge, e.g. http://host:8000/v1 (empty = none)"""
     judge_model: str = ""
     """model of that endpoint (empty = the one it serves)"""
     reward_device: str = ""
@@ -216,22 +229,35 @@ class Args:
     """torch.compile every block, for rollout and replay alike"""
     track: bool = False
     """also log to Weights & Biases"""
+    dry_run: bool = False
+    """print what the run needs per GPU, without loading weights, and stop"""
 
 
-def recipe(model, lm):
-    """The defaults for a pair of models or a unified one: what runs if nothing else is on the command line. Where
-    published recipes speak of prompts per iteration, ours is for 8 GPUs."""
+def recipe(model, lm, task=""):
+    """The defaults for a pair of models or a unified one, and a task ("" = the usual one): what runs if nothing else is
+    on the command line. Where published recipes speak of prompts per iteration, ours is for 8 GPUs."""
     unified = models.family(model) in ("blip3o", "metaquery")
+    if task == "text":
+        return recipe_text(model, "" if unified else lm or "tiny-qwen")
     if model.startswith("tiny-"):
-        if unified:
-            return replace(Args(), model=model, lm="")
-        edits = dict(task="i2i", prompts="shapes-edit") if models.family(model) == "kontext" else {}
-        return replace(Args(), model=model, lm=lm or Args.lm, **edits)
+        often = dict(eval_every=20, save_every=20, eval_size=512)
+        short = dict(num_iterations=80, decay_iterations=80, **often)
+        edits = dict(train="dm", prompts="shapes-edit", noise_level=0.7, learning_rate=1e-4, **often)
+        tiny = replace(Args(), model=model, lm="" if unified else lm or Args.lm, task=task or Args.task)
+        if task == "i2i_cycle":  # PSNR of the picture that was edited back, in dB, beside rewards up to 1
+            return replace(tiny, **edits, reward=("shapes", "recon:0.01"))
+        if task == "i2i" or models.family(model) == "kontext":
+            return replace(tiny, task="i2i", **edits, reward=("shapes",))
+        if task == "t2i":
+            return replace(tiny, train="dm", reward=("shapes",))
+        return replace(tiny, **short) if unified else tiny
     # PromptRL's GenEval with FLUX: 8 samples of a prompt per GPU, 20 steps of which the first 10 are noisy, learning
-    # rates of its code.
+    # rates of its launch scripts.
     pair = Args(
         model=model,
         lm=lm or "qwen2.5-vl-3b",
+        task="t2icot",
+        train="joint",
         reward=("geneval", "format"),
         prompts="data/geneval_train.jsonl",
         dtype="bf16",
@@ -240,23 +266,33 @@ def recipe(model, lm):
         group_size=8,
         micro_batch_size=4,
         lm_micro_batch_size=4,
+        num_updates=1,
         max_new_tokens=512,
+        temperature=1.0,
         num_steps=20,
         eval_num_steps=20,
         sampler="flow_sde",
         noise_level=0.8,
+        shared_noise=False,
         window_size=10,
         window_range=(0, 10),
         resolution=512,
         guidance=3.5,
+        advantage_std="group",
+        lm_loss="grpo",
+        lm_kl="k3",
         lm_kl_coef=0.01,
+        clip_eps=1e-4,
         kl_coef=1e-2,
-        lm_learning_rate=3e-7,
+        lm_learning_rate=1e-6,
         learning_rate=2e-7,
+        warmup_updates=5,
+        decay_iterations=0,
         ema_decay=0.0,
         eval_every=50,
         eval_size=256,
         save_every=50,
+        cache_prompts=Args.cache_prompts if task == "t2i" else 0,  # refined ones hardly ever come again
         keep_unsharded=False,
         checkpoint_activations=True,
     )
@@ -270,6 +306,7 @@ def recipe(model, lm):
             window_size=0,
             window_range=(0, 0),
             resolution=1024,
+            lm_resolution=896,
             kl_coef=4e-3,
             lm_learning_rate=5e-7,
             learning_rate=3e-6,
@@ -291,10 +328,68 @@ def recipe(model, lm):
             window_size=4,
             window_range=(0, 4),
             resolution=1024,
+            lm_resolution=448,
             guidance=2.5,
+            lm_learning_rate=3e-7,
         ),
-        "klein": replace(pair, window_size=8, window_range=(0, 8), guidance=4.0, resolution=1024),
+        "klein": replace(pair, window_size=8, window_range=(0, 8), guidance=4.0, resolution=1024, lm_resolution=448),
     }[models.family(model)]
+
+
+def recipe_text(model, lm):
+    """The same for --task text: the numbers of rloo.py, but AdamW's own betas, and the group as GRPO has it. lm: "" =
+    that of the model."""
+    tiny = Args(
+        model=model,
+        lm=lm,
+        task="text",
+        train="lm",
+        reward=("math",),
+        prompts="arithmetic",
+        num_iterations=275,
+        num_prompts=32,
+        group_size=8,
+        lm_micro_batch_size=256,
+        max_new_tokens=4,
+        advantage_std="group",
+        lm_learning_rate=3e-5,
+        lm_kl_coef=0.0,
+        decay_iterations=0,
+        ema_decay=0.0,
+        eval_every=55,
+        save_every=55,
+    )
+    if lm == "tiny-qwen":
+        return tiny
+    if lm == "tiny-qwen-vl" or (not lm and model.startswith("tiny-")):
+        seen = dict(reward=("shapes_qa",), prompts="shapes-qa", num_iterations=150, lm_learning_rate=1e-4)
+        return replace(tiny, **seen, eval_every=30, save_every=30)
+    # GSM8K: verl's example for GRPO, 1,024 prompts of 5 samples an iteration and 4 updates; it averages over tokens.
+    # The instruction is ours.
+    return replace(
+        tiny,
+        prompts="hub:openai/gsm8k/main:train",
+        eval_prompts="hub:openai/gsm8k/main:test",
+        instruction="Think step by step, then give the final answer in \\boxed{}.",
+        dtype="bf16",
+        num_iterations=105,
+        num_prompts=128,
+        group_size=5,
+        lm_micro_batch_size=8,
+        num_updates=4,
+        rollout_batch_size=320,
+        max_new_tokens=512,
+        lm_loss="dapo",
+        lm_kl="k3",
+        lm_kl_coef=1e-3,
+        lm_learning_rate=1e-6,
+        warmup_updates=1,
+        eval_size=1319,
+        eval_every=15,
+        save_every=15,
+        keep_unsharded=False,
+        checkpoint_activations=True,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,6 +417,18 @@ def coefficients(sampler, sigmas, noise_level, window):
     step = torch.arange(len(dt))
     noisy = (step >= window[0]) & (step < window[1])
     return torch.where(noisy, a, 1.0), torch.where(noisy, b, dt), torch.where(noisy, c, 0.0)
+
+
+def ask(row, instruction):
+    """The text of a prompt, with the instruction behind it."""
+    return f"{row['prompt']}\n{instruction}" if instruction else row["prompt"]
+
+
+def question(row, task, instruction):
+    """What the LM reads of a prompt: the question that it answers, or how to say it better."""
+    if task == "text":
+        return ask(row, instruction)
+    return (blip3o.REFINE_EDIT if task in ("i2i", "i2i_cycle") else blip3o.REFINE).format(row["prompt"])
 
 
 def write(lm, prompts, max_new_tokens, temperature_B, seed_B):
@@ -443,21 +550,70 @@ def load_models(args, device, dtype, draws, writes, unified, trains_lm, trains_d
     encoders = dict(offload_encoders=args.offload_encoders, cache_prompts=args.cache_prompts)
     encoders |= dict(sigma_schedule=args.sigma_schedule)
     if unified:
-        sides = dict(train_dm=trains_dm, train_lm=trains_lm, with_reference=args.kl_coef > 0 or args.lm_kl_coef > 0)
+        with_reference = (trains_dm and args.kl_coef > 0) or (trains_lm and args.lm_kl_coef > 0)
+        sides = dict(train_dm=trains_dm, train_lm=trains_lm, with_reference=with_reference)
         model = models.load(args.model, device, dtype, **lora, **encoders, **sides)
         return model, model.lm if writes else None
     model = lm = None
     if draws:
-        options = dict(with_reference=args.kl_coef > 0, **lora) if trains_dm else {}
+        options = dict(with_reference=args.kl_coef > 0, **lora) if trains_dm else dict(train=False)
         model = models.load(args.model, device, dtype, **encoders, **options)
     if writes:
-        options = dict(with_reference=args.lm_kl_coef > 0, **lora) if trains_lm else {}
+        options = dict(with_reference=args.lm_kl_coef > 0, **lora) if trains_lm else dict(train=False)
         lm = models.load_lm(args.lm or args.model, device, dtype, **options)
-    for side, its_trained in ((model, trains_dm), (lm, trains_lm)):
-        if side and not its_trained:
-            for part in side.parts.values():
-                part.requires_grad_(False).to(dtype)
     return model, lm
+
+
+def sizes_of_both(args, dtype, world, draws, writes, unified, trains_lm, trains_dm, K):
+    """What --dry-run prints: bytes per GPU of what `load_models` would load."""
+    edits, refines = args.task in ("i2i", "i2i_cycle"), args.task == "t2icot" or args.refine
+    B = args.num_prompts * args.group_size
+    common = dict(
+        lora_rank=args.lora_rank,
+        ema=args.ema_decay > 0,
+        world_size=world.size,
+        shard_size=args.shard_size,
+        checkpoint_activations=args.checkpoint_activations,
+        keep_unsharded=args.keep_unsharded,
+        cpu_offload=args.cpu_offload,
+    )
+    if writes:
+        picture = ((args.lm_resolution or args.resolution) // memory_lm.PICTURE_SIDE) ** 2 if edits else 0
+        lm = memory_lm.language(
+            args.lm or args.model,
+            dtype,
+            tile_rows=args.lm_micro_batch_size,
+            rollout_rows=args.rollout_batch_size or B,
+            max_new_tokens=args.max_new_tokens,
+            prompt_tokens=memory.PROMPT_TOKENS + picture,
+            train=trains_lm,
+            with_reference=args.lm_kl_coef > 0,
+            **common,
+        )
+    if draws:
+        ways = 2 if args.task == "i2i_cycle" else 1  # each with states and embeddings of its own
+        of_rollout = (B if refines else args.num_prompts) + (ways - 1) * B
+        of_evaluation = ways * math.ceil(args.eval_size / world.size)  # all at once
+        dm = memory.estimate(
+            args.model,
+            dtype,
+            tile_rows=args.micro_batch_size,
+            resolution=args.resolution,
+            num_samples=ways * B,
+            num_prompts=max(of_rollout, of_evaluation),
+            num_states=K + 1 if trains_dm else 1,
+            guidance=args.guidance,
+            image_guidance=args.image_guidance,
+            reference_image=edits,
+            prompt_tokens=96 + (args.max_new_tokens if refines else 0),
+            train_dm=trains_dm,
+            train_lm=unified and trains_lm,
+            with_reference=(trains_dm and args.kl_coef > 0) or (unified and trains_lm and args.lm_kl_coef > 0),
+            offload_encoders=args.offload_encoders,
+            cache_prompts=args.cache_prompts,
+            **common,
+        )
+    return memory_lm.together(dm, lm, unified) if draws and writes else dm if draws else lm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,12 +640,14 @@ def main(args: Args):
             raise ValueError(
                 f"--task {args.task} makes no {what}, and --train {args.train} would learn from it: --train {flag}"
             )
-        counts = (args.num_prompts, args.micro_batch_size, args.lm_micro_batch_size, args.num_updates)
+        if args.instruction and draws:
+            raise ValueError(f"--instruction is for --task text; --task {args.task} asks in words of its own")
+        counts = (args.num_prompts, args.micro_batch_size, args.lm_micro_batch_size, args.num_updates, args.num_steps)
         counts += (args.eval_num_steps, args.eval_size, args.max_new_tokens, args.eval_every, args.save_every)
         if min(counts) < 1:
             raise ValueError(
-                "--num-prompts --micro-batch-size --lm-micro-batch-size --num-updates --eval-num-steps --eval-size "
-                "--max-new-tokens --eval-every --save-every must be at least 1"
+                "--num-prompts --micro-batch-size --lm-micro-batch-size --num-updates --num-steps --eval-num-steps "
+                "--eval-size --max-new-tokens --eval-every --save-every must be at least 1"
             )
         if args.group_size < 2 or not args.temperature > 0:
             raise ValueError("--group-size must be at least 2 and --temperature positive: samples have to differ")
@@ -500,7 +658,7 @@ def main(args: Args):
             )
         first_step, end_step = args.window_range if any(args.window_range) else (0, args.num_steps - 1)
         K = args.window_size or end_step - first_step
-        if args.num_steps < 2 or not 0 <= first_step < first_step + K <= end_step < args.num_steps:
+        if trains_dm and not 0 <= first_step < first_step + K <= end_step < args.num_steps:
             raise ValueError(
                 f"--window-size {K} --window-range {first_step} {end_step} --num-steps {args.num_steps}: "
                 "the window must fit into its range and end before the last step, which has no noise"
@@ -508,15 +666,17 @@ def main(args: Args):
         if trains_dm and not args.noise_level > 0:
             raise ValueError("--noise-level must be positive: an ODE has no log-prob")
         B = args.num_prompts * args.group_size
-        tile_size = min(args.micro_batch_size if draws else args.lm_micro_batch_size, B)
+        tile_size = min(args.micro_batch_size, B) if draws else 1  # texts have tiles of their own, by length
         pairs_per_update = B * K // args.num_updates
         uneven_pairs = trains_dm and pairs_per_update % args.micro_batch_size
         if B % tile_size or B // tile_size % args.num_updates or uneven_pairs:
-            flag = "--micro-batch-size" if draws else "--lm-micro-batch-size"
+            of_samples = f"the {B} samples of --num-prompts x --group-size"
+            if not draws:
+                raise ValueError(f"--num-updates {args.num_updates} must divide {of_samples}")
             and_pairs = f", and also the {pairs_per_update} (sample, step) pairs of an update" if trains_dm else ""
             raise ValueError(
-                f"{flag} {tile_size} must divide the {B} samples of --num-prompts x --group-size into tiles whose "
-                f"number --num-updates {args.num_updates} divides{and_pairs}"
+                f"--micro-batch-size {tile_size} must divide {of_samples} into tiles whose number --num-updates "
+                f"{args.num_updates} divides{and_pairs}"
             )
         unified = draws and models.family(args.model) in ("blip3o", "metaquery")
         if unified and args.lm:
@@ -527,6 +687,9 @@ def main(args: Args):
             )
         if writes and not unified:
             models.lm_family(args.lm or args.model)
+        if args.dry_run:
+            sizes = sizes_of_both(args, dtype, world, draws, writes, unified, trains_lm, trains_dm, K)
+            return print(memory.table(sizes)) if master else None
         eval_source = args.eval_prompts or None
         train_set = prompt_data.load(args.prompts, "train", eval_source=eval_source)
         eval_set = prompt_data.load(args.prompts, "eval", eval_source=eval_source)
@@ -538,15 +701,20 @@ def main(args: Args):
             )
         if pictured and writes and not unified and models.model_type(args.lm or args.model) not in qwen.VISION:
             raise ValueError(f"--prompts have pictures and --lm {args.lm} reads text only: take e.g. qwen2.5-vl-3b")
-        for part in (train_set, eval_set) if cycle else ():
-            way_back(part[0])
         reward_device = torch.device(args.reward_device or world.device)
         judge = (args.judge_url, args.judge_model)
         scores = {metric: rewards.load(name, reward_device, *judge) for name, metric, _ in rewards.parse(args.reward)}
         roles = dict(text=writes, image=draws, source=pictured, recon=cycle)
         for score in scores.values():
             rewards.check_needs(score, tuple(role for role, there in roles.items() if there))
-        judged_by(train_set[0], scores)
+        for part in (train_set, eval_set):
+            row_of = {}  # the first of those that the same rewards judge
+            for row in part.texts():
+                row_of.setdefault(tuple(judged_by(row, scores)), row)
+                if cycle:
+                    way_back(row)
+            for names, row in row_of.items():
+                rewards.try_out([scores[name] for name in names], row, args.resolution)
         model, lm = load_models(args, world.device, dtype, draws, writes, unified, trains_lm, trains_dm)
         if draws:
             for part in (train_set, eval_set):
@@ -554,6 +722,8 @@ def main(args: Args):
             size = (args.resolution, args.resolution)
             sigmas, eval_sigmas = model.sigmas(args.num_steps, *size), model.sigmas(args.eval_num_steps, *size)
             eval_schedule = (eval_sigmas, *coefficients("flow_sde", eval_sigmas, 0.0, (0, 0)))
+        for part in (train_set, eval_set) if writes and not pictured else ():  # else they are counted when encoded
+            lm.check_lengths((question(row, args.task, args.instruction) for row in part.texts()), args.max_new_tokens)
     of_part = {name: m for m in (model, lm) if m for name in m.parts}  # of a unified model, both: the same
     parts = {name: m.parts[name] for name, m in of_part.items()}
     for m in (model, lm) if not unified else (model,):
@@ -581,12 +751,12 @@ def main(args: Args):
         return tensors | ({f"ema/{name}": s for name, s in ema.shadow.items()} if ema else {})
 
     # What a resumed run continues from; `cursor` counts the prompts drawn by all ranks.
-    state = dict(iteration=0, cursor=0, updates=0, skipped_updates=0, skipped_in_a_row=0)
+    state = dict(iteration=0, cursor=0, updates=0, skipped_updates=0, skipped_in_a_row=0, failed_in_a_row={})
     run = parallel.same_text(args.out)
     newest = checkpoint.latest(args.resume) if args.resume else None
     if newest:
         with parallel.clear_errors():
-            state = checkpoint.load(newest, checkpointed())
+            state |= checkpoint.load(newest, checkpointed())
     if master:
         run_folder.create(run, args, __file__)
         run_folder.cut(run, state["iteration"])
@@ -596,7 +766,7 @@ def main(args: Args):
         print(f"{world.size} x {world.device.type}, {args.dtype}, {torch.get_num_threads()} CPU threads per rank")
         eval_from = args.eval_prompts or args.prompts
         print(f"prompts: {len(train_set):,} of {args.prompts}; for evaluation {len(eval_set):,} of {eval_from}")
-    tracker = run_folder.track(run, "grpo_unified", args) if args.track and master else None
+    tracker = run_folder.Tracker(run, "grpo_unified", args) if args.track and master else None
     stop = parallel.StopSignal()
     scorer = ThreadPoolExecutor(1)  # scores one tile while the next one is drawn
 
@@ -616,19 +786,27 @@ def main(args: Args):
         """Weighted sum of the rewards; NaN where one of them failed."""
         return reward_BR[:, : len(weights)] @ torch.tensor(list(weights.values()))
 
-    def write_all(rows, copies, temperature, seed_W, desc):
-        """The LM's texts for `copies` of each row: its prompts, what `write` returns, and the texts."""
-        texts = [blip3o.REFINE.format(row["prompt"]) if refines else row["prompt"] for row in rows]
+    def write_all(rows, copies, temperature, seed_W, strict, desc):
+        """The LM's texts for `copies` of each row: its prompts, what `write` returns, the texts, and for --task text
+        the future rewards of every batch."""
+        asked = [question(row, args.task, args.instruction) for row in rows]
         images = [row["image"] for row in rows] if pictured else None
+        if edits:  # what the DM and the rewards see of it
+            seen = prompt_data.images(rows, *[args.lm_resolution or args.resolution] * 2)
+            images = list(map(Image.fromarray, run_folder.to_uint8(seen)))
         with parallel.clear_errors():
-            prompts = lm.encode(texts, args.max_new_tokens, images)
-        prompts, parts = [prompt for prompt in prompts for _ in range(copies)], []
-        for batch in progress(torch.arange(len(prompts)).split(args.rollout_batch_size or len(prompts)), desc):
+            prompts = lm.encode(asked, args.max_new_tokens, images)
+        prompts, parts, texts, futures = [prompt for prompt in prompts for _ in range(copies)], [], [], []
+        for batch in progress(torch.arange(len(prompts)).split(args.rollout_batch_size or B), desc):
             check_stop()
             temperature_B = torch.full((len(batch),), temperature)
-            parts.append(write(lm, [prompts[i] for i in batch], args.max_new_tokens, temperature_B, seed_W[batch]))
-        ids_WL, mask_WL, logp_WL, truncated_W = map(torch.cat, zip(*parts))
-        return prompts, ids_WL, mask_WL, logp_WL, truncated_W, lm.decode(ids_WL, mask_WL)
+            part = write(lm, [prompts[i] for i in batch], args.max_new_tokens, temperature_B, seed_W[batch])
+            parts.append(part)
+            texts += lm.decode(*part[:2])
+            if not draws:
+                of = [rows[i // copies] for i in batch]
+                futures.append(scorer.submit(judge_all, {"text": texts[-len(batch) :]}, of, strict))
+        return prompts, *map(torch.cat, zip(*parts)), texts, futures
 
     def draw_all(rows, words, texts, cond, row_B, start_B, seed_BT, schedule, back_seed_B, strict, desc):
         """Pictures of B samples, and for i2i_cycle the way back from them: trajectories as (condition, its row of each
@@ -689,7 +867,7 @@ def main(args: Args):
         words = [row["prompt"] for row in rows]
         with ema.applied() if ema else nullcontext():
             if writes:
-                *_, texts = write_all(rows, 1, 0.0, seed_B, "evaluate: write")
+                *_, texts, futures = write_all(rows, 1, 0.0, seed_B, True, "evaluate: write")
                 words = [blip3o.refined(text) for text in texts] if refines else words
             if draws:
                 with parallel.unsharded(model.parts, args.keep_unsharded):
@@ -698,8 +876,6 @@ def main(args: Args):
                     _, (pictures, recons), futures = draw_all(
                         rows, words, texts, cond, everyone, seed_B, None, eval_schedule, seed_B, True, "evaluate: draw"
                     )
-            else:
-                futures = [scorer.submit(judge_all, {"text": texts}, rows, True)]
         with parallel.clear_errors():
             judged = torch.cat([future.result() for future in futures])
         shown = total(judged)[:16].tolist()
@@ -740,7 +916,7 @@ def main(args: Args):
             return
         run_folder.append(run, row)
         if tracker:
-            tracker.log(row, step=row["iteration"])
+            tracker.log(row)
         if "eval_reward" in row:
             run_folder.curves(run, CURVES)
             tqdm.write(" | ".join(f"{name} {value:.4g}" for name, value in row.items()))
@@ -779,8 +955,8 @@ def main(args: Args):
             words, texts = [row["prompt"] for row in rows], []
             if writes:  # the LM's tokens
                 seed_PG = fold_seed(args.seed, SAMPLE, iteration, slot_P[:, None], torch.arange(num_written))
-                prompts, ids_WL, mask_WL, sampled_logp_WL, truncated_W, texts_W = write_all(
-                    rows_P, num_written, args.temperature, seed_PG.flatten(), "write"
+                prompts, ids_WL, mask_WL, sampled_logp_WL, truncated_W, texts_W, futures = write_all(
+                    rows_P, num_written, args.temperature, seed_PG.flatten(), False, "write"
                 )
                 texts = [words[b] if kept_B[b] else texts_W[w_B[b]] for b in range(B)]
                 if refines:
@@ -799,15 +975,16 @@ def main(args: Args):
                 seed_B = seed_PG.flatten()
                 start_B = seed_PG[:, :1].expand_as(seed_PG).flatten() if args.shared_noise else seed_B
                 seed_BT = fold_seed(seed_B[:, None], STEP, torch.arange(args.num_steps))
-                first = first_step + fold_seed(args.seed, WINDOW, iteration).item() % (end_step - first_step - K + 1)
-                window = (first, first + K) if trains_dm else (0, 0)  # what nobody learns from needs no noise
+                window = (0, 0)  # what nobody learns from needs no noise
+                if trains_dm:
+                    starts = end_step - first_step - K + 1
+                    first = first_step + fold_seed(args.seed, WINDOW, iteration).item() % starts
+                    window = (first, first + K)
                 schedule = (sigmas, *coefficients(args.sampler, sigmas, args.noise_level, window))
                 with parallel.unsharded(model.parts, args.keep_unsharded):
                     legs, _, futures = draw_all(
                         rows, words, texts, cond, row_B, start_B, seed_BT, schedule, seed_P[prompt_B], False, "draw"
                     )
-            else:
-                futures = [scorer.submit(judge_all, {"text": texts}, rows, False)]
             seconds_rollout = time.perf_counter() - started
 
             # 2) Reward: what is still being scored is waited for
@@ -820,10 +997,16 @@ def main(args: Args):
             applies_BR = torch.tensor([[name in judged_by(row, scores) for name in scores] for row in rows])
             reward_B = total(reward_BR)
             all_BR, all_applies_BR = parallel.all_gather(reward_BR), parallel.all_gather(applies_BR)
-            for r, name in enumerate(scores):
-                if all_applies_BR[:, r].any() and all_BR[all_applies_BR[:, r], r].isnan().all():
+            failed_in_a_row = dict(state["failed_in_a_row"])
+            for name, applies_B, values_B in zip(scores, all_applies_BR.T, all_BR.T):
+                count = int(applies_B.sum())
+                failed = count and values_B[applies_B].isnan().all().item()
+                if count:
+                    failed_in_a_row[name] = failed_in_a_row.get(name, 0) + 1 if failed else 0
+                # With tags it may be the samples of one prompt, which have no advantage then.
+                if failed and (count == len(applies_B) or failed_in_a_row[name] == 3):
                     raise SystemExit(
-                        f"error: reward {name} failed (NaN) for all {len(all_BR)} samples of iteration {iteration}"
+                        f"error: reward {name} failed (NaN) for all {count} samples of iteration {iteration}"
                     )
             seconds_reward = time.perf_counter() - started
 
@@ -842,7 +1025,7 @@ def main(args: Args):
             for tiles in tile_order.chunk(args.num_updates):
                 sample_B = (tiles[:, None] * tile_size + torch.arange(tile_size)).flatten()
                 shares.append(tiles)
-                w = w_B[sample_B[~kept_B[sample_B]]] if trains_lm else torch.zeros(0, dtype=torch.int64)
+                w = w_B[sample_B[~kept_B[sample_B]]].sort().values if trains_lm else torch.zeros(0, dtype=torch.int64)
                 if len(w):
                     size_W = mask_WL[w].sum(dim=1) + torch.tensor([len(prompts[i]) for i in w])
                     w = w[size_W.argsort(stable=True)]
@@ -934,6 +1117,7 @@ def main(args: Args):
                         )
                 optimizer.zero_grad(set_to_none=True)
             state["cursor"] += args.num_prompts * world.size
+            state["failed_in_a_row"] = failed_in_a_row
             seconds_update = time.perf_counter() - started
 
             reward_PG = all_B.view(-1, args.group_size)
@@ -961,9 +1145,14 @@ def main(args: Args):
                 row["lm/loss"] = sums[0].item() / args.num_updates
                 names = ("lm/kl", "lm/clipfrac", "lm/ratio", "lm/entropy")
                 row |= dict(zip(names, (sums[1:5] / sums[5].clamp(min=1)).tolist()))
+                if not args.lm_kl_coef:
+                    del row["lm/kl"]
             if trains_dm:
                 means = parallel.all_gather(torch.stack(stats["dm"]).cpu()).mean(dim=0).tolist()
                 row |= dict(zip(("dm/loss", "dm/kl", "dm/clipfrac", "dm/ratio"), means))
+                row["dm/loss"] *= len(legs)
+                if not args.kl_coef:
+                    del row["dm/kl"]
             zero = torch.zeros((), device=world.device)  # an update may be of kept samples only
             for side, errors in on_policy_errs.items():
                 row[f"{side}/on_policy_err"] = parallel.all_gather(torch.stack([zero, *errors]).cpu()).max().item()
@@ -998,6 +1187,8 @@ def main(args: Args):
                 lm.save(os.path.join(run, "lm"), of_lm)
             if of_dm:
                 model.save(os.path.join(run, "model"), of_dm)
+        for name in written:
+            card.write(os.path.join(run, name), run, recipe)
         print(f"wrote {run}: curves.png, samples/, metrics.jsonl, {'/, '.join(written)}/")
     stop.restore()
     return row
@@ -1006,5 +1197,6 @@ def main(args: Args):
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     with parallel.clear_errors():
-        defaults = recipe(run_folder.peek(arguments, "--model", "tiny-flux"), run_folder.peek(arguments, "--lm", ""))
+        usual = {"--model": "tiny-flux", "--lm": "", "--task": ""}
+        defaults = recipe(*(run_folder.peek(arguments, flag, value) for flag, value in usual.items()))
     main(run_folder.command_line(defaults, arguments, __file__))

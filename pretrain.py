@@ -35,7 +35,7 @@ import rewards
 from data import prompts as prompt_data
 from data import stream, worlds
 from kernels.sde_step import fold_seed, philox_normal
-from models import blip3o, checkpoint, memory, parallel, run_folder
+from models import blip3o, card, checkpoint, memory, parallel, run_folder
 
 # Shape suffixes: B images of a tile, C H W latent, L tokens of an answer.
 
@@ -47,6 +47,7 @@ CURVES = [["loss", "eval_loss", "eval_loss_edit"], "grad_norm", ["eval_strict", 
 
 @dataclass
 class Args:
+    # Run
     model: str = "tiny-blip3o-start"
     """alias (see models/__init__.py), hub id or folder in diffusers layout, or folder of a unified model; blip3o and
     metaquery are new ones, made of a language model and a SANA from the hub"""
@@ -86,6 +87,7 @@ class Args:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """what the model computes in; trained weights are fp32 either way"""
 
+    # Size
     num_iterations: int = 2400
     """optimizer steps"""
     batch_size: int = 32
@@ -98,6 +100,8 @@ class Args:
     resolution: int = 32
     """height and width in pixels; of pictures that are not drawn on the fly the root of their area, in one of 11 aspect
     ratios"""
+
+    # Algorithm
     text_dropout: float = 0.05
     """share of images whose caption alone is dropped"""
     reference_dropout: float = 0.05
@@ -107,9 +111,9 @@ class Args:
     sigma_distribution: Literal["logit-normal", "uniform"] = "logit-normal"
     """noise levels of training: logit-normal, or uniform on 1,000 steps of the model's own schedule"""
     sigma_mean: float = 0.0
-    """mean of logit(sigma)"""
+    """mean of logit(sigma), for logit-normal"""
     sigma_std: float = 1.0
-    """standard deviation of logit(sigma)"""
+    """standard deviation of logit(sigma), for logit-normal"""
     train_dm: bool = True
     """train the diffusion model, of a unified one its queries, connector and DiT"""
     train_lm: bool = False
@@ -117,6 +121,7 @@ class Args:
     text_weight: float = 1.0
     """weight of the negative log-likelihood of an answer, in nats"""
 
+    # Optimizer
     learning_rate: float = 2e-3
     """AdamW learning rate"""
     warmup_updates: int = 50
@@ -136,6 +141,7 @@ class Args:
     ema_decay: float = 0.998
     """decay per optimizer step of the averaged weights that are evaluated and exported (0 = no averaging)"""
 
+    # Evaluation and saving
     num_steps: int = 12
     """denoising steps of evaluation (ODE)"""
     guidance: float = 2.0
@@ -151,10 +157,13 @@ class Args:
     keep_checkpoints: int = 2
     """newest checkpoints to keep (0 = all)"""
 
+    # Data reading
     max_bad: float = 0.01
     """share of samples that may be unreadable; they are skipped, counted and named, and more of them end the run"""
     shuffle_buffer: int = 1000
     """samples that are shuffled together; those of parquet files are held encoded, 0.4 MB each or so"""
+
+    # Machine
     keep_unsharded: bool = True
     """keep parameters gathered in evaluation and between tiles: no communication per step, memory of a whole copy"""
     checkpoint_activations: bool = False
@@ -578,7 +587,7 @@ def main(args: Args):
             if missing:
                 flag = "--eval-data" if what == "loss" else "--eval-prompts"
                 print(f"no {flag}: evaluations have no {what}")
-    tracker = run_folder.track(run, "pretrain", args) if args.track and master else None
+    tracker = run_folder.Tracker(run, "pretrain", args) if args.track and master else None
     stop = parallel.StopSignal()
 
     def save(iteration):
@@ -784,7 +793,7 @@ def main(args: Args):
             if master:
                 run_folder.append(run, row)
                 if tracker:
-                    tracker.log(row, step=iteration)
+                    tracker.log(row)
                 if iteration % args.eval_every == 0 or iteration == args.num_iterations:
                     run_folder.curves(run, CURVES)
                     tqdm.write(" | ".join(f"{k} {v:.4g}" for k, v in row.items()))
@@ -801,6 +810,7 @@ def main(args: Args):
         tensors = checkpoint.full_tensors({name: p.detach() for name, p in trained.items()})
     if master:
         model.save(os.path.join(run, "model"), tensors)
+        card.write(os.path.join(run, "model"), run, recipe)
         print(f"wrote {run}: curves.png, samples/, metrics.jsonl, model/")
     stop.restore()
     return row.get("eval_strict", row.get("eval_reward"))

@@ -36,7 +36,7 @@ import models
 import rewards
 from data import prompts as prompt_data
 from kernels.sde_step import fold_seed
-from models import checkpoint, parallel, run_folder
+from models import card, checkpoint, memory, memory_lm, parallel, run_folder
 
 # Shape suffixes: P prompts per iteration and rank, G samples per prompt, B = P * G samples (or a tile of them), N
 # = P * (G + 1) with the greedy ones, L tokens of a sample, padded on the right, R rewards. mask_BL is 1 on sampled
@@ -48,6 +48,7 @@ CURVES = [["reward", "eval_reward"], "eval_strict", "reward_std", "kl", "entropy
 
 @dataclass
 class Args:
+    # Run
     lm: str = "tiny-qwen"
     """alias (see models/__init__.py), hub id or folder in transformers layout; choosing one switches all defaults to
     its recipe"""
@@ -69,6 +70,7 @@ class Args:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """what the model computes in; trained weights are fp32 either way"""
 
+    # Size
     num_iterations: int = 100
     """iterations of rollout + updates"""
     num_prompts: int = 256
@@ -80,6 +82,7 @@ class Args:
     num_updates: int = 1
     """optimizer steps per iteration; the first is exactly on-policy"""
 
+    # Sampling
     rollout: Literal["transformers", "vllm"] = "transformers"
     """what samples: the trained weights themselves, or a vLLM engine on every GPU that gets them after every
     iteration"""
@@ -96,6 +99,7 @@ class Args:
     overlong_buffer: int = 0
     """tokens before --max-new-tokens over which a penalty on the reward grows from 0 to 1 (DAPO's; 0 = none)"""
 
+    # Algorithm
     normalizer: Literal["samples", "tokens"] = "samples"
     """the loss, summed over tokens, is divided by the number of samples of an update, or of their tokens, counted over
     all ranks"""
@@ -107,6 +111,7 @@ class Args:
     kl_coef: float = 0.0
     """weight of KL(policy || reference) in the reward, in nats per sample (0 = no reference forward)"""
 
+    # Optimizer
     learning_rate: float = 3e-5
     """AdamW learning rate"""
     warmup_updates: int = 5
@@ -124,6 +129,7 @@ class Args:
     ema_decay: float = 0.0
     """decay per optimizer step of the averaged weights that are evaluated and exported (0 = no averaging)"""
 
+    # Evaluation and saving
     eval_every: int = 20
     """iterations between evaluations on held-out prompts"""
     eval_size: int = 0
@@ -135,8 +141,9 @@ class Args:
     keep_checkpoints: int = 2
     """newest checkpoints to keep (0 = all)"""
 
+    # Machine
     judge_url: str = ""
-    """OpenAI-compatible endpoint of the rewards that ask a judge, e.g. http://host:8000/v1"""
+    """OpenAI-compatible endpoint of the rewards that ask a judge, e.g. http://host:8000/v1 (empty = none)"""
     judge_model: str = ""
     """model of that endpoint (empty = the one it serves)"""
     reward_device: str = ""
@@ -154,6 +161,8 @@ class Args:
     """torch.compile every block, for rollout and replay alike"""
     track: bool = False
     """also log to Weights & Biases"""
+    dry_run: bool = False
+    """print what the run needs per GPU, without loading weights, and stop"""
 
 
 def recipe(lm):
@@ -280,6 +289,24 @@ def main(args: Args):
             raise ValueError(f"--overlong-buffer {args.overlong_buffer} must be less than --max-new-tokens")
         if args.rollout == "vllm" and args.ema_decay > 0:
             raise ValueError("--rollout vllm samples with the trained weights: --ema-decay must be 0")
+        rollout_size = args.rollout_batch_size or args.num_prompts * (args.group_size + 1)
+        if args.dry_run:
+            sizes = memory_lm.language(
+                args.lm,
+                dtype,
+                tile_rows=args.micro_batch_size,
+                rollout_rows=rollout_size if args.rollout == "transformers" else 0,
+                max_new_tokens=args.max_new_tokens,
+                lora_rank=args.lora_rank,
+                with_reference=args.kl_coef > 0,
+                ema=args.ema_decay > 0,
+                world_size=world.size,
+                shard_size=args.shard_size,
+                checkpoint_activations=args.checkpoint_activations,
+                keep_unsharded=args.keep_unsharded,
+                cpu_offload=args.cpu_offload,
+            )
+            return print(memory.table(sizes)) if master else None
         eval_source = args.eval_prompts or None
         train_set = prompt_data.load(args.prompts, "train", eval_source=eval_source)
         eval_set = prompt_data.load(args.prompts, "eval", eval_source=eval_source)
@@ -315,7 +342,6 @@ def main(args: Args):
     )
     ema = parallel.EMA(trained) if args.ema_decay > 0 else None
     eval_size = min(args.eval_size or len(eval_set), len(eval_set))
-    rollout_size = args.rollout_batch_size or args.num_prompts * (args.group_size + 1)
     sampler = model
     if args.rollout == "vllm":
         from models import vllm
@@ -344,7 +370,7 @@ def main(args: Args):
         print(f"attention: {model.attention}; {torch.get_num_threads()} CPU threads per rank")
         eval_from = args.eval_prompts or args.prompts
         print(f"prompts: {len(train_set):,} of {args.prompts}; for evaluation {eval_size:,} of {eval_from}")
-    tracker = run_folder.track(run, "remax", args) if args.track and master else None
+    tracker = run_folder.Tracker(run, "remax", args) if args.track and master else None
     stop = parallel.StopSignal()
     scorer = ThreadPoolExecutor(1)  # scores one batch while the next one is sampled
 
@@ -428,7 +454,7 @@ def main(args: Args):
             return
         run_folder.append(run, row)
         if tracker:
-            tracker.log(row, step=row["iteration"])
+            tracker.log(row)
         if "eval_reward" in row:
             run_folder.curves(run, CURVES)
             tqdm.write(" | ".join(f"{name} {value:.4g}" for name, value in row.items()))
@@ -606,6 +632,7 @@ def main(args: Args):
         tensors = checkpoint.full_tensors({name: p.detach() for name, p in trained.items()})
     if master:
         model.save(os.path.join(run, "model"), tensors)
+        card.write(os.path.join(run, "model"), run, recipe)
         print(f"wrote {run}: curves.png, samples/, metrics.jsonl, model/")
     stop.restore()
     return row

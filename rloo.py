@@ -36,7 +36,7 @@ import models
 import rewards
 from data import prompts as prompt_data
 from kernels.sde_step import fold_seed
-from models import checkpoint, parallel, run_folder
+from models import card, checkpoint, memory, memory_lm, parallel, run_folder
 
 # Shape suffixes: P prompts per iteration and rank, G samples per prompt, B = P * G samples (or a tile of them), L
 # tokens of a sample, padded on the right, R rewards. mask_BL is 1 on sampled tokens, the stop token included.
@@ -47,6 +47,7 @@ CURVES = [["reward", "eval_reward"], "eval_strict", "reward_std", "kl", "entropy
 
 @dataclass
 class Args:
+    # Run
     lm: str = "tiny-qwen"
     """alias (see models/__init__.py), hub id or folder in transformers layout; choosing one switches all defaults to
     its recipe"""
@@ -68,6 +69,7 @@ class Args:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """what the model computes in; trained weights are fp32 either way"""
 
+    # Size
     num_iterations: int = 275
     """iterations of rollout + updates"""
     num_prompts: int = 32
@@ -79,6 +81,7 @@ class Args:
     num_updates: int = 1
     """optimizer steps per iteration; the first is exactly on-policy"""
 
+    # Sampling
     rollout: Literal["transformers", "vllm"] = "transformers"
     """what samples: the trained weights themselves, or a vLLM engine on every GPU that gets them after every
     iteration"""
@@ -95,6 +98,7 @@ class Args:
     overlong_buffer: int = 0
     """tokens before --max-new-tokens over which a penalty on the reward grows from 0 to 1 (DAPO's; 0 = none)"""
 
+    # Algorithm
     ratio: Literal["sequence", "token"] = "sequence"
     """one importance ratio and clip per sample (the whole completion is the action), or per token"""
     normalizer: Literal["samples", "tokens"] = "samples"
@@ -108,6 +112,7 @@ class Args:
     kl_coef: float = 0.0
     """weight of KL(policy || reference) in the reward, in nats per sample (0 = no reference forward)"""
 
+    # Optimizer
     learning_rate: float = 3e-5
     """AdamW learning rate"""
     warmup_updates: int = 5
@@ -125,6 +130,7 @@ class Args:
     ema_decay: float = 0.0
     """decay per optimizer step of the averaged weights that are evaluated and exported (0 = no averaging)"""
 
+    # Evaluation and saving
     eval_every: int = 55
     """iterations between evaluations on held-out prompts"""
     eval_size: int = 0
@@ -136,8 +142,9 @@ class Args:
     keep_checkpoints: int = 2
     """newest checkpoints to keep (0 = all)"""
 
+    # Machine
     judge_url: str = ""
-    """OpenAI-compatible endpoint of the rewards that ask a judge, e.g. http://host:8000/v1"""
+    """OpenAI-compatible endpoint of the rewards that ask a judge, e.g. http://host:8000/v1 (empty = none)"""
     judge_model: str = ""
     """model of that endpoint (empty = the one it serves)"""
     reward_device: str = ""
@@ -155,6 +162,8 @@ class Args:
     """torch.compile every block, for rollout and replay alike"""
     track: bool = False
     """also log to Weights & Biases"""
+    dry_run: bool = False
+    """print what the run needs per GPU, without loading weights, and stop"""
 
 
 def recipe(lm):
@@ -295,6 +304,24 @@ def main(args: Args):
             raise ValueError(f"--overlong-buffer {args.overlong_buffer} must be less than --max-new-tokens")
         if args.rollout == "vllm" and args.ema_decay > 0:
             raise ValueError("--rollout vllm samples with the trained weights: --ema-decay must be 0")
+        rollout_size = args.rollout_batch_size or B
+        if args.dry_run:
+            sizes = memory_lm.language(
+                args.lm,
+                dtype,
+                tile_rows=args.micro_batch_size,
+                rollout_rows=rollout_size if args.rollout == "transformers" else 0,
+                max_new_tokens=args.max_new_tokens,
+                lora_rank=args.lora_rank,
+                with_reference=args.kl_coef > 0,
+                ema=args.ema_decay > 0,
+                world_size=world.size,
+                shard_size=args.shard_size,
+                checkpoint_activations=args.checkpoint_activations,
+                keep_unsharded=args.keep_unsharded,
+                cpu_offload=args.cpu_offload,
+            )
+            return print(memory.table(sizes)) if master else None
         eval_source = args.eval_prompts or None
         train_set = prompt_data.load(args.prompts, "train", eval_source=eval_source)
         eval_set = prompt_data.load(args.prompts, "eval", eval_source=eval_source)
@@ -330,7 +357,6 @@ def main(args: Args):
     )
     ema = parallel.EMA(trained) if args.ema_decay > 0 else None
     eval_size = min(args.eval_size or len(eval_set), len(eval_set))
-    rollout_size = args.rollout_batch_size or B
     sampler = model
     if args.rollout == "vllm":
         from models import vllm
@@ -359,7 +385,7 @@ def main(args: Args):
         print(f"attention: {model.attention}; {torch.get_num_threads()} CPU threads per rank")
         eval_from = args.eval_prompts or args.prompts
         print(f"prompts: {len(train_set):,} of {args.prompts}; for evaluation {eval_size:,} of {eval_from}")
-    tracker = run_folder.track(run, "rloo", args) if args.track and master else None
+    tracker = run_folder.Tracker(run, "rloo", args) if args.track and master else None
     stop = parallel.StopSignal()
     scorer = ThreadPoolExecutor(1)  # scores one batch while the next one is sampled
 
@@ -443,7 +469,7 @@ def main(args: Args):
             return
         run_folder.append(run, row)
         if tracker:
-            tracker.log(row, step=row["iteration"])
+            tracker.log(row)
         if "eval_reward" in row:
             run_folder.curves(run, CURVES)
             tqdm.write(" | ".join(f"{name} {value:.4g}" for name, value in row.items()))
@@ -622,6 +648,7 @@ def main(args: Args):
         tensors = checkpoint.full_tensors({name: p.detach() for name, p in trained.items()})
     if master:
         model.save(os.path.join(run, "model"), tensors)
+        card.write(os.path.join(run, "model"), run, recipe)
         print(f"wrote {run}: curves.png, samples/, metrics.jsonl, model/")
     stop.restore()
     return row

@@ -10,7 +10,7 @@ python="${PYTHON:-python}"
 {
     nvidia-smi
     echo "# GPU tests"
-    timeout 180 "$python" -m pytest -q -m gpu --durations=5 tests
+    timeout 180 "$python" -m pytest -q -o addopts= -m gpu --durations=5 tests
     echo "# Kernels"
     timeout 280 "$python" benchmarks/kernels.py
 } 2>&1 | grep -v "measurements/s\]" | tee "$file"

@@ -58,6 +58,12 @@ class PromptSet:
         prompt, metadata, image, where = self.read(int(self.rows[i]))
         return {"prompt": prompt, "metadata": metadata, "image": None if image is None else _decode(image, where)}
 
+    def texts(self):
+        """The entries in order, without their images."""
+        for row in self.rows:
+            prompt, metadata, _, _ = self.read(int(row))
+            yield {"prompt": prompt, "metadata": metadata}
+
 
 def load(source, split="train", held_out=0.1, eval_source=None):
     """The prompts of `source` (see KNOWN) as a PromptSet.
@@ -115,6 +121,16 @@ def images(rows, height, width):
     fitted = (ImageOps.fit(row["image"].convert("RGB"), (width, height), Image.Resampling.LANCZOS) for row in rows)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted]))
     return pixels.permute(0, 3, 1, 2).float() / 255
+
+
+def rgb(image):
+    """A PIL image as it is meant to be seen: turned as its EXIF says, on white where it is transparent, RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert would clip to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def check_images(prompt_set, reference_images):
@@ -545,7 +561,7 @@ def _decode(image, where):
         return image.copy()
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return rgb(opened)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: expected an image that PIL can read, got: {error}") from None
 

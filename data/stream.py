@@ -49,7 +49,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data.prompts import choose_files, list_files
+from data.prompts import choose_files, list_files, rgb
 from kernels.sde_step import fold_seed
 
 KNOWN = "*.tar, *.parquet, *.jsonl, a folder of pictures, hub:owner/name/config:split#column"
@@ -760,11 +760,7 @@ def _picture(encoded, where):
                 raise ValueError(f"it is {width} x {height}, expected 1 to {MAX_PIXELS:,} pixels")
             if opened.mode[0] in "IF":
                 raise ValueError(f"it has the mode {opened.mode}, expected 8 bits a channel")
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:  # what shows through is white, as on a page
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return rgb(opened)
     except Exception as error:  # of any type: damaged data reach every line of every decoder
         raise BadSample("image", where, f"expected a picture that PIL can read ({error})") from None
 

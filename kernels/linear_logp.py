@@ -14,6 +14,7 @@ N rows, D width, V vocabulary, C columns of a chunk, S splits of the vocabulary.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -380,6 +381,11 @@ def _dx_triton(hidden, weight, start, target, inv_temperature, softcap, lse, ent
 # Autograd
 
 
+def _no_autocast(device):
+    # Not on the meta device, where memory is counted: it knows no autocast.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def _kept_rows(hidden, target, temperature, index):
     """hidden, target and 1 / temperature of the rows that count, contiguous."""
     sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -409,7 +415,7 @@ class _LinearLogp(torch.autograd.Function):
         index = (target != IGNORE).nonzero().squeeze(1)
         index = None if len(index) == len(target) else index
         forward = _forward_triton if on_triton(hidden) else _forward_reference
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _no_autocast(hidden.device):
             rows = _kept_rows(hidden, target, temperature, index)
             logp, lse, entropy = forward(rows[0], weight.contiguous(), *rows[1:], softcap, return_entropy)
         per_row = isinstance(temperature, torch.Tensor)
@@ -426,7 +432,7 @@ class _LinearLogp(torch.autograd.Function):
         hidden, weight, target, temperature, index, lse, entropy = ctx.saved_tensors
         N = len(target)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _no_autocast(hidden.device):
             temperature = ctx.temperature if temperature is None else temperature
             hidden, target, inv_temperature = _kept_rows(hidden, target, temperature, index)
             g_logp = torch.zeros(N, dtype=lse.dtype, device=lse.device) if g_logp is None else g_logp

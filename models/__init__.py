@@ -40,7 +40,7 @@ LM_ALIASES = {
 LM_FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "qwen2_5_vl": "qwen2.5-vl", "qwen3_vl": "qwen3-vl"}
 
 # Unified models: flow model and language model in one, each in a folder of models/blip3o.py. Those named -start have
-# the trained language model and autoencoder of tiny-blip3o, and the rest untrained.
+# the autoencoder of tiny-blip3o and its language model before the cold start, and the rest untrained.
 UNIFIED = {name: os.path.join(ASSETS, name) for name in ("tiny-blip3o", "tiny-blip3o-start", "tiny-metaquery-start")}
 # At full size they have no hub id: variant -> language model and SANA that blip3o.create makes a folder of
 FULL_SIZE = {
@@ -137,7 +137,7 @@ def load_lm(name, device, dtype, **options):
     models/qwen.py's `load`. Raises what that raises, and ValueError for a name that is none of the three."""
     from models import qwen
 
-    source = _lm_source(name)
+    source = lm_source(name)
     if not os.path.isdir(source) and not _is_hub_id(source):
         raise _unknown(name, LM_ALIASES, "transformers")
     return qwen.load(source, device, dtype, **options)
@@ -157,7 +157,7 @@ def lm_family(name):
 
 def model_type(name):
     """`model_type` in the config.json of a language model, e.g. "qwen2_5_vl". Raises what `lm_family` raises."""
-    source = _lm_source(name)
+    source = lm_source(name)
     if os.path.isdir(source):
         config = os.path.join(source, "config.json")
         if not os.path.exists(config):
@@ -184,7 +184,7 @@ def _unknown(name, aliases, layout):
     )
 
 
-def _lm_source(name):
+def lm_source(name):
     """The folder or hub id of a language model by its name, or by that of the unified model that it is part of."""
     source = folder_or_id(name, LM_ALIASES)
     config = unified(source)
@@ -223,6 +223,10 @@ def hub(repo, download):
     except errors.RepositoryNotFoundError:
         message = (
             f"'{repo}' does not exist on the Hugging Face hub, or is private: check the id, or run `hf auth login`"
+        )
+    except errors.RemoteEntryNotFoundError:
+        message = (
+            f"'{repo}' is not laid out as a whole model, perhaps a LoRA or a unified one: its card says how to use it"
         )
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as e:
         if isinstance(e, PermissionError) or "No space left" in str(e):

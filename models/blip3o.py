@@ -49,6 +49,11 @@ REFINE = (
     "Rewrite the following prompt so that an image generator draws exactly what it asks for: keep every object, "
     "number, colour and position, and add detail. Put the new prompt between <answer> and </answer>: {}"
 )
+# The same for edits; the language model sees the picture.
+REFINE_EDIT = (
+    "Rewrite the following instruction for an edit of this image: keep its intent, say exactly what changes and how, "
+    "and that all else stays. Put the new instruction between <answer> and </answer>: {}"
+)
 # MetaQuery's instruction in our words, which are fewer.
 DESCRIBE = "Describe the given image or caption in detail and in your own words."
 
@@ -88,7 +93,8 @@ PAD = 32  # prompts are padded to multiples of this, so that few shapes occur
 
 
 def refined(text):
-    """The prompt in an answer to REFINE: what stands in the last <answer> </answer>, else all of it without tags."""
+    """The prompt in an answer to REFINE or REFINE_EDIT: what stands in the last <answer> </answer>, else all of it
+    without tags."""
     found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return (found[-1] if found else re.sub(r"</?answer>", "", text)).strip()
 
@@ -191,7 +197,8 @@ def load(
     if models.model_type(lm_source) != "qwen2_5_vl":
         raise ValueError(f"'{source}': its language model '{lm_source}' is no Qwen2.5-VL; nothing else is supported")
     lora = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, with_reference=with_reference) if train_lm else {}
-    lm = qwen.load(lm_source, device, dtype, **lora)
+    # What adapters change is fp32 until it has all of them.
+    lm = qwen.load(lm_source, device, dtype, **lora, train=train_lm or bool(adapters))
 
     tensors = _read_tensors(os.path.join(folder, "model.safetensors"))
     trained = any(key.startswith("transformer.") for key in tensors)

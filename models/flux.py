@@ -51,6 +51,7 @@ def load(
     offload_encoders=False,
     cache_prompts=512,
     cache_folder=None,
+    train=True,
 ):
     """Load a FluxPipeline or FluxKontextPipeline folder or hub id as a `Flux`.
 
@@ -58,15 +59,15 @@ def load(
     lora_rank: 0 trains every parameter of the transformer, else a PEFT adapter of that rank (scale lora_alpha /
     lora_rank). with_reference: under full fine-tuning, keep a frozen copy of the transformer (with LoRA the adapter is
     switched off instead). offload_encoders: text encoders wait in CPU memory and visit the device only to encode (saves
-    10 GB for FLUX.1-dev). cache_prompts, cache_folder: see models/cache.py.
+    10 GB for FLUX.1-dev). cache_prompts, cache_folder: see models/cache.py. train: False is a frozen model, all in
+    dtype.
 
     Raises RuntimeError with one message for a gated, missing, unreachable or incomplete model, ValueError for a
     tokenizer without its vocabulary.
     """
-    pipeline = common.load(models.pipeline_class(source), source, dtype, lora_rank)
-    return Flux(
-        pipeline, device, dtype, lora_rank, lora_alpha, with_reference, offload_encoders, cache_prompts, cache_folder
-    )
+    pipeline = common.load(models.pipeline_class(source), source, dtype, train and lora_rank == 0)
+    training = (lora_rank, lora_alpha, with_reference)
+    return Flux(pipeline, device, dtype, *training, offload_encoders, cache_prompts, cache_folder, train)
 
 
 class Flux:
@@ -84,6 +85,7 @@ class Flux:
         offload_encoders=False,
         cache_prompts=512,
         cache_folder=None,
+        train=True,
     ):
         self.device, self.dtype = torch.device(device), dtype
         self.pipeline_class, self.scheduler = type(pipeline), pipeline.scheduler
@@ -104,7 +106,7 @@ class Flux:
         transformer = pipeline.transformer
         self.attention = common.use_best_attention(transformer, self.device, dtype)
         self.reference_parts = common.make_trainable(
-            transformer, dtype, lora_rank, lora_alpha, LORA_TARGETS, with_reference
+            transformer, dtype, lora_rank, lora_alpha, LORA_TARGETS, with_reference, train
         )
         self.parts = {"transformer": transformer}
 

@@ -45,6 +45,7 @@ def load(
     offload_encoders=False,
     cache_prompts=512,
     cache_folder=None,
+    train=True,
 ):
     """Load a Flux2KleinPipeline folder or hub id as a `Flux2`.
 
@@ -53,18 +54,18 @@ def load(
     lora_rank). with_reference: under full fine-tuning, keep a frozen copy of the transformer (with LoRA the adapter is
     switched off instead). offload_encoders: the text encoder waits in CPU memory and visits the device only to encode
     (saves 8 GB for klein-base-4B). cache_prompts, cache_folder: see models/cache.py; a prompt is 8 MB here.
+    train: False is a frozen model, all in dtype.
 
     Raises RuntimeError with one message for a gated, missing, unreachable or incomplete model, ValueError for a
     tokenizer without its vocabulary.
     """
-    pipeline = common.load("Flux2KleinPipeline", source, dtype, lora_rank)
+    pipeline = common.load("Flux2KleinPipeline", source, dtype, train and lora_rank == 0)
     if dtype != torch.float32:
         # diffusers rounds buffers too; the statistics that scale every latent are kept as the file has them.
         vae = type(pipeline.vae).from_pretrained(pipeline.config._name_or_path, subfolder="vae")
         pipeline.vae.bn = vae.bn
-    return Flux2(
-        pipeline, device, dtype, lora_rank, lora_alpha, with_reference, offload_encoders, cache_prompts, cache_folder
-    )
+    training = (lora_rank, lora_alpha, with_reference)
+    return Flux2(pipeline, device, dtype, *training, offload_encoders, cache_prompts, cache_folder, train)
 
 
 class Flux2:
@@ -84,6 +85,7 @@ class Flux2:
         offload_encoders=False,
         cache_prompts=512,
         cache_folder=None,
+        train=True,
     ):
         self.device, self.dtype = torch.device(device), dtype
         self.pipeline_class, self.scheduler = type(pipeline), pipeline.scheduler
@@ -102,7 +104,7 @@ class Flux2:
         transformer = pipeline.transformer
         self.attention = common.use_best_attention(transformer, self.device, dtype)
         self.reference_parts = common.make_trainable(
-            transformer, dtype, lora_rank, lora_alpha, lora_targets(transformer), with_reference
+            transformer, dtype, lora_rank, lora_alpha, lora_targets(transformer), with_reference, train
         )
         self.parts = {"transformer": transformer}
 

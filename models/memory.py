@@ -123,6 +123,19 @@ DC_AE_F32C32 = dict(
     scaling_factor=0.41407,
 )
 
+# Qwen2.5-Instruct's, so that a run of them can be sized up without a network. tests/test_memory_lm.py holds their
+# parameter counts to the published ones.
+QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+QWEN_SIZES += ("num_key_value_heads", "tie_word_embeddings")
+QWEN = {
+    "qwen2.5-0.5b": (151936, 896, 4864, 24, 14, 2, True),
+    "qwen2.5-1.5b": (151936, 1536, 8960, 28, 12, 2, True),
+    "qwen2.5-3b": (151936, 2048, 11008, 36, 16, 2, True),
+    "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, False),
+}
+
+PROMPT_TOKENS = 256  # of a prompt that a language model answers, chat template and instruction included: assumed
+
 # What is on the table, and the flags that make it smaller.
 FLAGS = {
     "trained parameters": "--lora-rank, more GPUs, --shard-size 0, --cpu-offload",
@@ -143,6 +156,9 @@ FLAGS = {
     "evaluation forward": "--micro-batch-size, --resolution",
     "decoding": "--micro-batch-size, --resolution",
     "activations": "--checkpoint-activations, --micro-batch-size, --resolution",
+    "gathered for sampling": "--dtype bf16",
+    "sampling": "--rollout-batch-size, --max-new-tokens, --dtype bf16",
+    "token activations": "--checkpoint-activations, --micro-batch-size, --max-new-tokens",
     "optimizer temporaries": "--lora-rank, more GPUs, --cpu-offload",
     "host: prompt cache": "--cache-prompts",
     "host: loading": "--lora-rank, --dtype bf16, fewer ranks per node",
@@ -165,6 +181,7 @@ def estimate(
     lora_rank=0,
     with_reference=False,
     ema=False,
+    train_dm=True,
     train_lm=False,
     world_size=1,
     shard_size=0,
@@ -183,12 +200,12 @@ def estimate(
     source: alias, folder or hub id (of which only configs and tokenizers are fetched; FLUX.1-dev and Kontext need
     none), or blip3o or metaquery, unified models at full size that need no folder. dtype: what the model computes in.
     tile_rows: rows of a forward and backward. resolution: pixels. num_samples, num_prompts: per rank and iteration.
-    num_states: latents kept of each sample, one more than trained steps. train_lm: the language model of a unified
-    model is trained too (by the picture's loss; a token loss comes on top). reference_image: every prompt comes with a
-    picture of this resolution to edit; for a model that only edits (Kontext) always. prompt_tokens: length of a prompt
-    of a unified model, with its chat template and without its picture (the null caption counts as long); the others pad
-    to a length of their own. device_type: "cpu" for a run without GPU, where "host" is the same memory; the optimizer's
-    temporaries differ.
+    num_states: latents kept of each sample, one more than trained steps. train_dm: False freezes what draws, which then
+    has no update. train_lm: the language model of a unified model is trained too (by the picture's loss; what its
+    tokens need, models/memory_lm.py knows). reference_image: every prompt comes with a picture of this resolution to
+    edit; for a model that only edits (Kontext) always. prompt_tokens: length of a prompt of a unified model, with its
+    chat template and without its picture (the null caption counts as long); the others pad to a length of their own.
+    device_type: "cpu" for a run without GPU, where "host" is the same memory; the optimizer's temporaries differ.
 
     FSDP2 cuts dim 0 of every parameter into ceil(rows / ranks), padded: all ranks hold as much. Beside the shards
     it holds the root's parameters and those of one block; of three blocks where there is something to gather (the one
@@ -200,14 +217,16 @@ def estimate(
     have, a reference_image that it does not take, or offload_encoders for a unified model; RuntimeError where configs
     are missing, or the hub or a licence stands in the way.
     """
-    model = _Model(source, dtype, lora_rank, with_reference, train_lm, offload_encoders, prompt_tokens)
+    if not train_dm and not train_lm:
+        lora_rank, with_reference = 0, False
+    model = _Model(source, dtype, lora_rank, with_reference, train_lm, offload_encoders, prompt_tokens, train_dm)
     rows = max(num_prompts, min(tile_rows, num_samples))  # an evaluation encodes a tile of prompts
     edits = reference_image or model.flow.reference_images == "required"
     scales = (guidance, image_guidance)
     model.try_out(rows, min(tile_rows, num_samples), resolution, edits, scales, checkpoint_activations)
     return _sizes(
         model,
-        model.update(tile_rows, shard_size or world_size, scales),
+        model.update(tile_rows, shard_size or world_size, scales) if train_dm else 0,
         ranks=shard_size or world_size,
         num_prompts=num_prompts,
         # The tiles' states and their concatenation are both alive until the next rollout.
@@ -296,6 +315,7 @@ class _Model:
         train_lm=False,
         offload_encoders=False,
         prompt_tokens=96,
+        train_dm=True,
     ):
         self.dtype, self.lora_rank, self.with_reference = dtype, lora_rank, with_reference
         self.offload_encoders = offload_encoders
@@ -304,7 +324,8 @@ class _Model:
         if self.unified:
             if offload_encoders:
                 raise ValueError("--offload-encoders: a unified model trains through its language model, which stays")
-            self.flow = _unified(config, folder, dtype, lora_rank, with_reference, train_lm, prompt_tokens)
+            sides = (train_lm, prompt_tokens, train_dm)
+            self.flow = _unified(config, folder, dtype, lora_rank, with_reference, *sides)
             eyes = self.flow.lm.tower
             modules = [*self.flow.parts.values(), eyes, self.flow.vae]
             self.frozen = {"text encoders": [], "vision tower": list(eyes.parameters())}
@@ -312,7 +333,8 @@ class _Model:
             if train_lm:
                 raise ValueError(f"--model {source} has no language model to train, only unified models have")
             family, pipeline = _pipeline(source, dtype)
-            self.flow = MODELS[family](pipeline, "meta", dtype, lora_rank, 2 * lora_rank, with_reference)
+            lora = (lora_rank, 2 * lora_rank, with_reference)
+            self.flow = MODELS[family](pipeline, "meta", dtype, *lora, train=train_dm)
             self.flow.cache = functools.partial(_cached, self.flow._encode_rows)
             modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
             self.frozen = {"text encoders": encoder_parameters(pipeline), "vision tower": []}
@@ -358,7 +380,7 @@ class _Model:
         """The most bytes alive in a forward and backward of `rows` rows; of pretraining on pictures of so many pixels
         a side, each at so many noise levels, whose latents are then found on the way."""
         with self._alive() as alive:
-            hooks = _reduce_per_block([group for blocks, rest in self.groups for group in (*blocks, rest)], ranks)
+            hooks = reduce_per_block([group for blocks, rest in self.groups for group in (*blocks, rest)], ranks)
             if pictures:
                 self._flow_matching_loss(rows, pictures, noise_levels).backward()
             else:
@@ -389,7 +411,7 @@ class _Model:
 
     def _alive(self):
         # A unified model asks whether all null texts are alike, and they are.
-        return _Alive(self.modules, self.unified)
+        return Alive(self.modules, self.unified)
 
 
 def _sizes(
@@ -408,22 +430,10 @@ def _sizes(
 ):
     """The table of `estimate` for a `_Model` that was tried out and whose update has so many bytes of activations."""
     dtype, trained, frozen = model.dtype, model.trained, model.untrained
-    trained_shard, frozen_shard = shard_bytes(trained, 4, ranks), shard_bytes(frozen, dtype.itemsize, ranks)
     master = 4 * numel(trained)  # whole, fp32
     whole = dtype.itemsize * numel(model.parameters)
-    reference = [p for module in model.copies for p in module.parameters()]
-
-    held = {
-        "trained parameters": trained_shard,
-        "frozen parameters": frozen_shard,
-        "optimizer state": 2 * trained_shard,
-        "averaged weights": trained_shard if ema else 0,
-        "reference copy": shard_bytes(reference, dtype.itemsize, ranks),
-    }
-    host = {"sharded": 0, "text encoders": 0}
-    if cpu_offload:
-        host["sharded"] = sum(held.values()) + trained_shard
-        held = dict.fromkeys(held, 0)
+    held, trained_shard, sharded = sharded_bytes(model, ranks, ema, cpu_offload)
+    host = {"sharded": sharded, "text encoders": 0}
     modules = [*model.flow.parts.values(), *model.copies]
     held["buffers"] = sum(buffer.nbytes for module in modules for buffer in module.buffers())
     frozen_bytes = {name: dtype.itemsize * numel(tensors) for name, tensors in model.frozen.items()}
@@ -438,18 +448,10 @@ def _sizes(
     cached_bytes = 0 if model.unified else cached_bytes
     held["trajectories"] = trajectories
 
-    largest = max(numel(block) for blocks, _ in model.groups for block in blocks)
-    gathered = dtype.itemsize * max(
-        numel(rest) + max(map(numel, blocks), default=0) * (1 if ranks == 1 else 3) for blocks, rest in model.groups
-    )
-    if keep_unsharded:
-        gathered = whole + dtype.itemsize * largest * (0 if ranks == 1 else 2)
+    gathered = gathered_bytes(model, ranks, keep_unsharded)
     # Without a reduction after every tile gradients add up whole, in fp32, on the GPU.
     gradients = master if keep_unsharded else 0 if cpu_offload else trained_shard
-
-    # AdamW: the square roots of all second moments at once on a GPU, of one after the other on a CPU.
-    temporaries = trained_shard if device_type == "cuda" else 2 * max(shard_bytes([p], 4, ranks) for p in trained)
-    temporaries = 0 if cpu_offload else temporaries
+    temporaries = 0 if cpu_offload else adamw_bytes(trained, ranks, device_type)
     work = {
         "gradients": gradients,
         "gathered parameters": gathered,
@@ -469,15 +471,16 @@ def _sizes(
         "peak: optimizer step": resident + reduced + work["optimizer temporaries"],
     }
     # Full fine-tuning reads the transformer twice, in dtype with its pipeline and in fp32; a reference is a copy of it.
-    lower = 0 if model.lora_rank or dtype.itemsize == 4 else whole
+    masters = trained and not model.lora_rank
+    lower = whole if masters and dtype.itemsize < 4 else 0
     copies = 2 if model.with_reference else 1
-    reading = (dtype.itemsize * numel(frozen) if model.lora_rank else master * copies) + lower
+    reading = (4 * numel(model.parameters) * copies if masters else dtype.itemsize * numel(frozen)) + lower
     loading = reading + held["buffers"] + encoder_bytes + held["autoencoder"]
     if model.unified:
-        # models/qwen.py brings the language model whole, in fp32 where it is not LoRA that is trained, to the GPU;
+        # models/qwen.py brings the language model whole, in fp32 where all of it is trained, to the GPU;
         # what is read beside it stays in CPU memory until it is sharded, queries and connector twice.
-        language, adapted = model.flow.parts["lm"], getattr(model.flow.parts["lm"], "peft_config", None)
-        itemsize = dtype.itemsize if adapted else 4
+        language = model.flow.parts["lm"]
+        itemsize = 4 if all(p.requires_grad for p in language.parameters()) else dtype.itemsize
         fresh = itemsize * (numel(language.parameters()) + numel(model.frozen["vision tower"]))
         if "lm" in (model.flow.reference_parts or {}):  # copied before it is rounded
             fresh = max(fresh, 8 * numel(language.parameters()) + frozen_bytes["vision tower"])
@@ -488,6 +491,7 @@ def _sizes(
         lower = 0 if model.lora_rank or dtype.itemsize == 4 else dtype.itemsize * numel(trained)  # what it exports
         if device_type == "cuda":
             peaks = {"peak: loading": fresh} | peaks
+    lower = lower if trained else 0
     if device_type == "cpu":
         # Export: full copies in fp32, and in dtype where the whole model is written.
         peaks["peak: export"] = resident + master + lower
@@ -508,6 +512,39 @@ def _sizes(
     )
 
 
+def sharded_bytes(model, ranks, ema, cpu_offload):
+    """Of a model with `dtype`, `trained`, `untrained` and `copies` (of the reference): what is sharded, by name, in
+    bytes on the GPU; those of a shard of what is trained; and what is in CPU memory instead."""
+    trained_shard = shard_bytes(model.trained, 4, ranks)
+    reference = [p for module in model.copies for p in module.parameters()]
+    held = {
+        "trained parameters": trained_shard,
+        "frozen parameters": shard_bytes(model.untrained, model.dtype.itemsize, ranks),
+        "optimizer state": 2 * trained_shard,
+        "averaged weights": trained_shard if ema else 0,
+        "reference copy": shard_bytes(reference, model.dtype.itemsize, ranks),
+    }
+    if cpu_offload:
+        return dict.fromkeys(held, 0), trained_shard, sum(held.values()) + trained_shard
+    return held, trained_shard, 0
+
+
+def gathered_bytes(model, ranks, keep_unsharded):
+    """What FSDP2 holds beside the shards of a model with `dtype`, `parameters` and `groups`: see `estimate`."""
+    if keep_unsharded:
+        largest = max(numel(block) for blocks, _ in model.groups for block in blocks)
+        return model.dtype.itemsize * (numel(model.parameters) + largest * (0 if ranks == 1 else 2))
+    return model.dtype.itemsize * max(
+        numel(rest) + max(map(numel, blocks), default=0) * (1 if ranks == 1 else 3) for blocks, rest in model.groups
+    )
+
+
+def adamw_bytes(trained, ranks, device_type):
+    """AdamW: the square roots of all second moments at once on a GPU, of one after the other on a CPU."""
+    shards = [shard_bytes([p], 4, ranks) for p in trained]
+    return sum(shards) if device_type == "cuda" else 2 * max(shards, default=0)
+
+
 def table(sizes):
     """The text of an estimate: GiB, and beside what is above 5 % of the peak what lowers it."""
     width = max(len(name) for name in sizes)
@@ -520,6 +557,8 @@ def table(sizes):
     phase = max((name for name in sizes if name.startswith("peak: ")), key=sizes.get)
     lines.append(f"needed per GPU: {sizes['peak'] / 2**30:.2f} GiB, in its {phase.removeprefix('peak: ')} phase; ")
     lines[-1] += "reward models, the CUDA context and fragmentation come on top"
+    if any(name.endswith("token activations") for name in sizes):
+        lines[-1] += f", and vLLM's share; prompts count as {PROMPT_TOKENS} tokens, pictures in them as theirs"
     return "\n".join(lines)
 
 
@@ -539,9 +578,11 @@ def pretraining_table(found):
 
 
 def _flags(name, sizes):
+    flags = FLAGS.get(name.removeprefix("lm: "), "")
+    if name.startswith("lm: "):  # of grpo_unified.py
+        flags = flags.replace("--kl-coef", "--lm-kl-coef").replace("--micro-batch-size", "--lm-micro-batch-size")
     # A unified model, which has a vision tower, refuses that one.
-    flags = FLAGS.get(name, "")
-    return flags.replace("--offload-encoders, ", "") if sizes["vision tower"] else flags
+    return flags.replace("--offload-encoders, ", "") if sizes.get("vision tower") else flags
 
 
 def numel(parameters):
@@ -644,20 +685,20 @@ def _unified_config(source):
     return config, os.path.abspath(folder)
 
 
-def _unified(config, folder, dtype, lora_rank, with_reference, train_lm, prompt_tokens):
+def _unified(config, folder, dtype, lora_rank, with_reference, train_lm, prompt_tokens, train_dm):
     """models/blip3o.py's `load` on the meta device. Prompts are numbers of tokens, so that no tokenizer is needed."""
     from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
-    from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # see models/pipeline.py
     source = blip3o._source(folder, config["lm"], models.LM_ALIASES)
-    if source == models.LM_ALIASES["qwen2.5-vl-3b"]:
-        lm_config, eyes = Qwen2_5_VLConfig(**QWEN_VL_3B), Qwen2VLImageProcessorPil(**QWEN_VL_EYES)
-    elif models.model_type(source) != "qwen2_5_vl":
+    lm_config = lm_config_of(source)
+    if lm_config.model_type != "qwen2_5_vl":
         raise ValueError(f"its language model '{source}' is no Qwen2.5-VL; nothing else is supported")
+    if source == models.LM_ALIASES["qwen2.5-vl-3b"]:
+        eyes = Qwen2VLImageProcessorPil(**QWEN_VL_EYES)
     else:
-        lm_config = _read(source, lambda: AutoConfig.from_pretrained(source))
         eyes = _read(source, lambda: Qwen2VLImageProcessorPil.from_pretrained(source))
     source = blip3o._source(folder, config["sana"], models.ALIASES)
     if source in (dit for _, dit in models.FULL_SIZE.values()):
@@ -679,7 +720,7 @@ def _unified(config, folder, dtype, lora_rank, with_reference, train_lm, prompt_
     language = qwen.Qwen(lm, tokenizer, "meta", dtype, image_processor=eyes, **lora)
     parts = {"transformer": transformer, "queries": queries, "connector": connector}
     scheduler = FlowMatchEulerDiscreteScheduler()
-    rest = (lora_rank, 2 * lora_rank, with_reference, True, train_lm)
+    rest = (lora_rank, 2 * lora_rank, with_reference, train_dm, train_lm)
     model = blip3o.BLIP3o(config, folder, folder, language, parts, vae, scheduler, "meta", dtype, *rest)
 
     def tokenize(message, num_pictures):
@@ -697,6 +738,18 @@ def _unified(config, folder, dtype, lora_rank, with_reference, train_lm, prompt_
 
     model.eyes._tokenize, model.eyes._look = tokenize, look
     return model
+
+
+def lm_config_of(source):
+    """The config of a language model by its folder or hub id; those of Qwen2.5 and Qwen2.5-VL-3B are known."""
+    from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2Config
+
+    if source == models.LM_ALIASES["qwen2.5-vl-3b"]:
+        return Qwen2_5_VLConfig(**QWEN_VL_3B)
+    for alias, sizes in QWEN.items():
+        if source == models.LM_ALIASES[alias]:
+            return Qwen2Config(**dict(zip(QWEN_SIZES, sizes)), max_position_embeddings=32768)
+    return _read(source, lambda: AutoConfig.from_pretrained(source))
 
 
 def _read(source, read):
@@ -739,7 +792,7 @@ def _cached(encode_rows, prompts):
     return {name: torch.empty(len(prompts), *t.shape[1:], dtype=t.dtype) for name, t in rows.items()}
 
 
-def _reduce_per_block(groups, ranks):
+def reduce_per_block(groups, ranks):
     """What FSDP2 does to gradients, in bytes: those of a group wait for one another, are copied to one fp32 buffer and
     freed; the buffer stays until the next group's, the shard that comes out is added to the sum over tiles. Returns the
     handles of the hooks that do it."""
@@ -767,7 +820,7 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, **options)[0]
 
 
-class _Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):
     """Inside, `live` is the bytes of all storages on the meta device that exist beside those of `modules`, and `peak`
     their maximum. `answer` is what a question about the values of a tensor gets, of which there are none."""
 

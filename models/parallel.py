@@ -284,7 +284,7 @@ def clear_errors():
     files and hub ids, and nothing else."""
     try:
         yield
-    except (ValueError, FileNotFoundError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         if _out_of_memory(e):
             raise
         raise SystemExit(f"error: {e}") from None

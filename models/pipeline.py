@@ -12,9 +12,13 @@ import torch
 
 import models
 
+# Of a file of an exported model (GB of 10^9 bytes), of whichever library; the default of diffusers is 10GB, that of
+# transformers 50GB.
+MAX_SHARD_SIZE = "5GB"
 
-def load(pipeline_class, source, dtype, lora_rank):
-    """The pipeline of a local folder or hub id, in dtype; its transformer in fp32 where it is trained whole.
+
+def load(pipeline_class, source, dtype, masters):
+    """The pipeline of a local folder or hub id, in dtype; with `masters` its transformer, to be trained whole, in fp32.
 
     pipeline_class: the name of a diffusers pipeline class. Raises RuntimeError with one message for a gated, missing,
     unreachable or incomplete model, ValueError for a tokenizer without its vocabulary.
@@ -32,8 +36,8 @@ def load(pipeline_class, source, dtype, lora_rank):
             # SD3 without T5: diffusers writes such a folder, and reads it only if told what is not there.
             absent = {name: None for name, value in json.load(f).items() if value == [None, None]}
         pipeline = cls.from_pretrained(folder, dtype=dtype, **absent)
-        if lora_rank == 0 and dtype != torch.float32:
-            # Full fine-tuning trains fp32 masters; taken from the file itself, not from its rounded copy.
+        if masters and dtype != torch.float32:
+            # Taken from the file itself, not from its rounded copy.
             pipeline.transformer = type(pipeline.transformer).from_pretrained(folder, subfolder="transformer")
     except OSError as error:
         raise RuntimeError(f"'{source}' is incomplete, download or save it again: {error}") from None
@@ -52,11 +56,15 @@ def load(pipeline_class, source, dtype, lora_rank):
     return pipeline
 
 
-def make_trainable(transformer, dtype, lora_rank, lora_alpha, lora_targets, with_reference):
-    """Prepare `transformer` in place: with lora_rank an adapter is trained, else every parameter.
+def make_trainable(transformer, dtype, lora_rank, lora_alpha, lora_targets, with_reference, train):
+    """Prepare `transformer` in place: with lora_rank an adapter is trained, else every parameter; without `train`
+    nothing is.
 
     Returns the model's `reference_parts`: None, or under full fine-tuning and with_reference a frozen copy in dtype.
     """
+    if not train:
+        transformer.requires_grad_(False)
+        return None
     if lora_rank > 0:
         add_lora(transformer, lora_rank, lora_alpha, lora_targets)
         return None
@@ -103,7 +111,8 @@ def decode(vae, z, vae_scale):
 
 
 def save(folder, pipeline_class, components, transformer, dtype, tensors):
-    """Write pytorch_lora_weights.safetensors where `transformer` has an adapter, else a whole diffusers folder.
+    """Write pytorch_lora_weights.safetensors where `transformer` has an adapter, else a whole diffusers folder, in
+    files of MAX_SHARD_SIZE at most.
 
     components: everything of the pipeline but the transformer, by name. tensors: what is trained, full, by the names of
     parallel.trained (models.checkpoint.full_tensors); rank 0 only.
@@ -120,4 +129,4 @@ def save(folder, pipeline_class, components, transformer, dtype, tensors):
     with torch.device("meta"):
         whole = type(transformer).from_config(dict(transformer.config))
     whole.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    pipeline_class(**components, transformer=whole).save_pretrained(folder)
+    pipeline_class(**components, transformer=whole).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)

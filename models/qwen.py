@@ -47,14 +47,14 @@ BLOCK = 256  # tokens of the vocabulary that are drawn as one, before one of the
 SYNC_EVERY = 8  # tokens between two questions to the device whether all rows have ended
 
 
-def load(source, device, dtype, lora_rank=0, lora_alpha=0, with_reference=False, chat=True):
+def load(source, device, dtype, lora_rank=0, lora_alpha=0, with_reference=False, chat=True, train=True):
     """Load a folder or hub id of transformers' AutoModelForCausalLM (AutoModelForImageTextToText for Qwen2.5-VL and
     Qwen3-VL) and AutoTokenizer as a `Qwen`.
 
     device, dtype: where and in what precision the model computes (torch.float32 or torch.bfloat16).
     lora_rank: 0 trains every parameter (fp32 masters), else a PEFT adapter of that rank (scale lora_alpha / lora_rank).
     with_reference: under full fine-tuning, keep a frozen copy (with LoRA the adapter is switched off instead). chat:
-    prompts go through the chat template; False takes them as plain text.
+    prompts go through the chat template; False takes them as plain text. train: False is a frozen model, all in dtype.
 
     Raises RuntimeError with one message for a gated, missing, unreachable or incomplete model; ValueError for a
     tokenizer that lacks its vocabulary or a chat template, or knows more tokens than the model, for a model without
@@ -81,7 +81,7 @@ def load(source, device, dtype, lora_rank=0, lora_alpha=0, with_reference=False,
                         processor_files[name] = f.read()
         lm, info = auto_class.from_pretrained(
             folder,
-            dtype=torch.float32 if lora_rank == 0 else dtype,
+            dtype=torch.float32 if train and lora_rank == 0 else dtype,
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -92,9 +92,9 @@ def load(source, device, dtype, lora_rank=0, lora_alpha=0, with_reference=False,
         missing = sorted(info["missing_keys"])
         raise RuntimeError(f"'{source}' is incomplete: {len(missing)} weights are missing, first {missing[0]}")
     _check(source, lm, tokenizer, image_processor, chat)
-    lora = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, with_reference=with_reference)
+    training = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, with_reference=with_reference, train=train)
     eyes = dict(image_processor=image_processor, processor_files=processor_files)
-    return Qwen(lm, tokenizer, device, dtype, source, chat=chat, **lora, **eyes)
+    return Qwen(lm, tokenizer, device, dtype, source, chat=chat, **training, **eyes)
 
 
 def _folder(source):
@@ -176,6 +176,7 @@ class Qwen:
         chat=True,
         image_processor=None,
         processor_files=None,
+        train=True,
     ):
         self.device, self.dtype, self.source, self.chat = torch.device(device), dtype, source, chat
         self.tokenizer, self.model_class = tokenizer, type(lm)
@@ -195,7 +196,9 @@ class Qwen:
             self.tower = _in_dtype(lm.model.visual.requires_grad_(False), dtype)
             del lm.model.visual
         self.reference_parts = None
-        if lora_rank > 0:
+        if not train:
+            lm.requires_grad_(False)
+        elif lora_rank > 0:
             common.add_lora(lm, lora_rank, lora_alpha, LORA_TARGETS)
         else:
             lm.requires_grad_(True)
@@ -463,7 +466,7 @@ class Qwen:
             whole.generation_config.validate(strict=True)
         except ValueError:  # sampling options beside do_sample=False, which some versions of transformers do not write
             whole.generation_config.do_sample = True
-        whole.save_pretrained(folder)
+        whole.save_pretrained(folder, max_shard_size=common.MAX_SHARD_SIZE)
 
 
 def _stop_ids(lm, tokenizer):
@@ -528,7 +531,7 @@ def _forward(
         return linear_logp(hidden, weight, targets, temperature, softcap, return_entropy)
     hidden = hidden[:, -1]
     # fp32 logits of 16-bit operands: rounded to bf16 they would be off by up to 0.05 nats.
-    if hidden.is_cuda and hidden.dtype != torch.float32:
+    if (hidden.is_cuda or hidden.is_meta) and hidden.dtype != torch.float32:
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
     else:
         logits = hidden.float() @ weight.float().T

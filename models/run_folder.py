@@ -4,12 +4,21 @@ samples/000100.png. Checkpoints beside them are models/checkpoint.py's. Everythi
 for `saved_args`.
 """
 
+import ast
+import atexit
 import dataclasses
+import html
+import inspect
 import json
 import math
 import os
+import secrets
 import shutil
+import sys
+import textwrap
 import time
+import typing
+from glob import escape, glob
 
 # When a run is resumed; max_bad, of pretrain.py, after a run has ended for bad data.
 MAY_CHANGE = ("num_iterations", "eval_every", "save_every", "track", "max_bad")
@@ -51,23 +60,82 @@ def saved_args(run, args, may_change, given):
 
 
 def command_line(defaults, argv, script):
-    """Parse a command line over the dataclass instance `defaults`: unset --out becomes outputs/<script>-<time>, and
-    --resume takes its arguments from the run it names."""
-    import tyro
-
-    args = tyro.cli(type(defaults), default=defaults, args=argv, prog=os.path.basename(script))
+    """Parse a command line over the dataclass instance `defaults`: unset --out becomes outputs/<new_name>, and
+    --resume takes its arguments from the run it names. With --track, rank 0 stops here if wandb cannot be used."""
+    args = parse(defaults, argv, os.path.basename(script))
     if args.resume:
         from models.parallel import clear_errors
 
         with clear_errors():
-            return saved_args(args.resume.rstrip("/"), args, MAY_CHANGE, given_flags(args, argv))
+            args = saved_args(args.resume.rstrip("/"), args, MAY_CHANGE, given_flags(args, argv))
+    if args.track and os.environ.get("RANK", "0") == "0":
+        log_in()
+    if args.resume:
+        return args
     if args.out and os.path.exists(os.path.join(args.out, "args.json")):
         # Its checkpoints and metrics would be taken for those of the new run.
         raise SystemExit(
             f"error: --out {args.out} holds a run already: continue it with --resume {args.out}, or remove it"
         )
-    name = f"{os.path.basename(script).removesuffix('.py')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = new_name(os.path.basename(script).removesuffix(".py"))
     return dataclasses.replace(args, out=args.out or os.path.join("outputs", name))
+
+
+def new_name(what):
+    """<what>-<time>-<number of the process>: runs that start in the same second have folders of their own."""
+    return f"{what}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def parse(defaults, argv, prog):
+    """The dataclass instance `defaults` with what the command line `argv` gives put in its place.
+
+    A one-line comment that opens a block of fields in the class (`# Sizes`) is the title of their group in --help; the
+    text below a field is its help. A wrong flag ends the program with code 2 and the nearest flag that there is.
+    """
+    import tyro
+
+    kinds = typing.get_type_hints(type(defaults), include_extras=True)
+    texts, groups = documented(type(defaults)), {}
+    for field in dataclasses.fields(defaults):
+        title, text = texts.get(field.name, ("", None))
+        kind = typing.Annotated[kinds[field.name], tyro.conf.arg(help=text)]
+        groups.setdefault(title, {})[field.name] = kind
+    # tyro makes a group of every dataclass inside another one: those are made here, so that Args can stay flat.
+    titles, inner = list(groups), []
+    for kinds in groups.values():
+        group = dataclasses.make_dataclass("Group", kinds.items())
+        inner.append(group(**{name: getattr(defaults, name) for name in kinds}))
+    outer = dataclasses.make_dataclass(
+        "Groups",
+        [
+            (f"group_{i}", typing.Annotated[type(group), tyro.conf.arg(name=title)])
+            for i, (title, group) in enumerate(zip(titles, inner))
+        ],
+    )
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[outer], default=outer(*inner), args=argv, prog=prog, description="")
+    given = {}
+    for group in vars(parsed).values():
+        given |= vars(group)
+    return dataclasses.replace(defaults, **given)
+
+
+def documented(kind):
+    """Field name -> (title of its group in lower case, help text or None) of a dataclass, from its source."""
+    found = {}
+    for parent in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        source = textwrap.dedent(inspect.getsource(parent))
+        lines, title = source.splitlines(), ""
+        body = ast.parse(source).body[0].body
+        for node, below in zip(body, [*body[1:], None]):
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            before, above = (line.strip() for line in lines[node.lineno - 3 : node.lineno - 1])
+            if above.startswith("#") and (not before or before.startswith("class ")):
+                title = above.lstrip("# ").lower()
+            value = getattr(below, "value", None)
+            text = value.value if isinstance(below, ast.Expr) and isinstance(value, ast.Constant) else None
+            found[node.target.id] = title, text and " ".join(text.split())
+    return found
 
 
 def peek(argv, flag, default):
@@ -117,11 +185,109 @@ def create(run, args, script):
     os.replace(temporary, os.path.join(run, "args.json"))
 
 
-def track(run, project, args):
-    """A Weights & Biases run that mirrors this one."""
-    import wandb
+def log_in():
+    """Check that Weights & Biases can be used: offline, or logged in. SystemExit with one message if it cannot."""
+    try:
+        import wandb
+    except ImportError:
+        raise SystemExit("error: --track: Weights & Biases is not installed: pip install wandb") from None
+    if (os.environ.get("WANDB_MODE") or wandb.setup().settings.mode) not in ("online", "shared", "run"):
+        return
+    try:
+        if wandb.login(verify=True):
+            return
+        problem = "not logged in"
+    except Exception as e:  # of wandb, of the network, of the proxy
+        problem = str(e).strip().partition("\n")[0].partition(". ")[0]
+    raise SystemExit(
+        f"error: --track: Weights & Biases: {problem}; run `wandb login`, or set WANDB_MODE=offline and send the run "
+        "later with `wandb sync`"
+    )
 
-    return wandb.init(project=project, name=os.path.basename(run), config=dataclasses.asdict(args), dir=run)
+
+class Tracker:
+    """A Weights & Biases run that mirrors the run folder `run`: its arguments, metrics and samples, and nothing else.
+
+    Its id and next step are kept in <run>/wandb/run.json: a resumed run goes on in it, and one that was not tracked
+    before first sends what metrics.jsonl has. Everything is drawn over `iteration`; wandb's own step must grow, which
+    the iteration does not where a run that was killed is resumed from a checkpoint before its last row.
+    """
+
+    def __init__(self, run, project, args):
+        import wandb
+
+        os.makedirs(os.path.join(run, "wandb"), exist_ok=True)
+        self.run, self.path = run, os.path.join(run, "wandb", "run.json")
+        known = _read(self.path)
+        self.state = known or {"id": secrets.token_hex(4), "step": 0}
+        try:
+            self.wandb = wandb.init(
+                project=project,
+                name=os.path.basename(run),
+                config=dataclasses.asdict(args),
+                dir=run,
+                id=self.state["id"],
+                resume="allow",
+                allow_val_change=True,
+                settings=wandb.Settings(
+                    reinit="finish_previous",
+                    host="",
+                    console="off",
+                    disable_git=True,
+                    save_code=False,
+                    x_disable_meta=True,
+                    x_disable_stats=True,
+                    x_disable_machine_info=True,
+                    x_save_requirements=False,
+                ),
+            )
+        except Exception as e:  # of wandb, of the network; also where another process is tracking this run
+            raise SystemExit(f"error: --track: Weights & Biases: {str(e).strip()}") from None
+        self.state["step"] = max(self.state["step"], self.wandb.starting_step)
+        self.wandb.define_metric("*", step_metric="iteration")
+        atexit.register(self.finish)
+        for row in [] if known else rows(run):
+            self.log(row)
+
+    def finish(self):
+        """Send what is left, when the process ends. wandb does so itself, but not below a process that uses it too."""
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=int(hasattr(sys, "last_value")))  # set by an error that nobody caught
+            self.wandb = None
+
+    def log(self, row):
+        """Send one iteration: its finite metrics, and samples/<iteration>*, which are to be written before."""
+        if self.wandb is None:
+            return
+        sent = {k: v for k, v in row.items() if v is not None and math.isfinite(v)}
+        step = max(self.state["step"], row["iteration"])
+        self.state["step"] = step + 1
+        try:
+            with open(self.path, "w") as f:
+                json.dump(self.state, f)
+            self.wandb.log(sent | self.samples(row["iteration"]), step=step, commit=True)
+        except Exception as e:  # training is worth more than its mirror
+            print(
+                f"\nwarning: Weights & Biases: {e}: tracking ends at iteration {row['iteration']}, {self.run} has all; "
+                f"to send it as a new run remove {self.run}/wandb and --resume with --track",
+                file=sys.stderr,
+            )
+            self.wandb = None
+
+    def samples(self, iteration):
+        """Name -> picture or text of one iteration: samples/000100_edit.png is samples_edit, 000100.txt is texts."""
+        import wandb
+
+        found = {}
+        for path in glob(os.path.join(escape(self.run), "samples", f"{iteration:06d}[!0-9]*")):
+            stem, suffix = os.path.splitext(os.path.basename(path))
+            kind = stem.lstrip("0123456789")
+            if suffix == ".png":
+                found["samples" + kind] = wandb.Image(path)
+            else:
+                with open(path, encoding="utf-8") as f:
+                    found["texts" + kind] = wandb.Html(f"<pre>{html.escape(f.read())}</pre>")
+        return found
 
 
 def to_uint8(images):
@@ -210,7 +376,7 @@ def grid(path, images, captions, columns=8, cell=128):
         x, y = 6 + i % columns * (width + 6), 6 + i // columns * height
         picture = Image.fromarray(image)
         scale = min(width / picture.width, cell / picture.height)
-        size = (round(picture.width * scale), round(picture.height * scale))
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         sheet.paste(picture.resize(size, Image.NEAREST if scale > 1 else Image.LANCZOS), (x, y))
         draw.rectangle((x - 1, y - 1, x + size[0], y + size[1]), outline="#cccccc")
         for n, line in enumerate(wrapped[i]):

@@ -34,6 +34,7 @@ def load(
     cache_prompts=512,
     cache_folder=None,
     instruction=True,
+    train=True,
 ):
     """Load a SanaPipeline folder or hub id as a `Sana`.
 
@@ -43,29 +44,20 @@ def load(
     offload_encoders: Gemma waits in CPU memory and visits the device only to encode (saves 5 GB). cache_prompts,
     cache_folder: see models/cache.py. instruction: write the stock pipeline's instruction to Gemma before every prompt,
     as its authors do; a tokenizer whose model_max_length does not hold it (the tiny models') goes without.
+    train: False is a frozen model, all in dtype.
 
     Raises RuntimeError with one message for a gated, missing, unreachable or incomplete model, ValueError for a
     tokenizer without its vocabulary, for a distilled model (SANA-Sprint) and for a scheduler that is not of flow
     matching.
     """
-    pipeline = common.load("SanaPipeline", source, dtype, lora_rank)
+    pipeline = common.load("SanaPipeline", source, dtype, train and lora_rank == 0)
     if pipeline.transformer.config.guidance_embeds:
         raise ValueError(
             f"'{source}' has guidance_embeds: SANA-Sprint is distilled to few steps of another schedule and is not "
             f"supported; use SANA 1.0 or 1.5"
         )
-    return Sana(
-        pipeline,
-        device,
-        dtype,
-        lora_rank,
-        lora_alpha,
-        with_reference,
-        offload_encoders,
-        cache_prompts,
-        cache_folder,
-        instruction,
-    )
+    training = (lora_rank, lora_alpha, with_reference)
+    return Sana(pipeline, device, dtype, *training, offload_encoders, cache_prompts, cache_folder, instruction, train)
 
 
 class Sana:
@@ -87,6 +79,7 @@ class Sana:
         cache_prompts=512,
         cache_folder=None,
         instruction=True,
+        train=True,
     ):
         self.device, self.dtype = torch.device(device), dtype
         self.pipeline_class, self.scheduler = type(pipeline), euler(pipeline.scheduler)
@@ -110,7 +103,7 @@ class Sana:
         # diffusers gives SANA no choice of backends: self-attention is linear, and flash-attn takes no text mask.
         self.attention = "linear self-attention, torch scaled_dot_product_attention for text"
         self.reference_parts = common.make_trainable(
-            transformer, dtype, lora_rank, lora_alpha, LORA_TARGETS, with_reference
+            transformer, dtype, lora_rank, lora_alpha, LORA_TARGETS, with_reference, train
         )
         self.parts = {"transformer": transformer}
 
@@ -151,8 +144,9 @@ class Sana:
     @torch.no_grad()
     def encode_images(self, images):
         """Images float [0, 1] B 3 H W -> normalised latents fp32 B C h w (this autoencoder has no posterior and no
-        shift)."""
-        latents = self.vae.encode((images.to(self.device) * 2 - 1).to(self.vae.dtype)).latent.float()
+        shift). At most 4 megapixels go through the encoder at once."""
+        chunks = (images.to(self.device) * 2 - 1).to(self.vae.dtype).split(max(1, 4 * 1024**2 // images[0, 0].numel()))
+        latents = torch.cat([self.vae.encode(chunk).latent for chunk in chunks]).float()
         return latents * self.vae.config.scaling_factor
 
     def latent_size(self, height, width):

@@ -37,6 +37,7 @@ def load(
     cache_prompts=512,
     cache_folder=None,
     sigma_schedule="",
+    train=True,
 ):
     """Load a StableDiffusion3Pipeline folder or hub id as an `Sd3`.
 
@@ -45,24 +46,14 @@ def load(
     lora_rank). with_reference: under full fine-tuning, keep a frozen copy of the transformer (with LoRA the adapter is
     switched off instead). offload_encoders: text encoders wait in CPU memory and visit the device only to encode (saves
     11 GB for SD3 in bf16). cache_prompts, cache_folder: see models/cache.py. sigma_schedule: "stock" (or "") or
-    "single", see Sd3.sigmas.
+    "single", see Sd3.sigmas. train: False is a frozen model, all in dtype.
 
     Raises RuntimeError with one message for a gated, missing, unreachable or incomplete model, ValueError for a
     tokenizer without its vocabulary or an unknown schedule.
     """
-    pipeline = common.load("StableDiffusion3Pipeline", source, dtype, lora_rank)
-    return Sd3(
-        pipeline,
-        device,
-        dtype,
-        lora_rank,
-        lora_alpha,
-        with_reference,
-        offload_encoders,
-        cache_prompts,
-        cache_folder,
-        sigma_schedule,
-    )
+    pipeline = common.load("StableDiffusion3Pipeline", source, dtype, train and lora_rank == 0)
+    training = (lora_rank, lora_alpha, with_reference)
+    return Sd3(pipeline, device, dtype, *training, offload_encoders, cache_prompts, cache_folder, sigma_schedule, train)
 
 
 class Sd3:
@@ -83,6 +74,7 @@ class Sd3:
         cache_prompts=512,
         cache_folder=None,
         sigma_schedule="",
+        train=True,
     ):
         self.sigma_schedule = sigma_schedule or "stock"
         if self.sigma_schedule not in SCHEDULES:
@@ -115,7 +107,7 @@ class Sd3:
         # A buffer, so FSDP does not cast it: rounded here, the masters, their reference and the export have the same.
         transformer.pos_embed.pos_embed = transformer.pos_embed.pos_embed.to(dtype)
         self.reference_parts = common.make_trainable(
-            transformer, dtype, lora_rank, lora_alpha, LORA_TARGETS, with_reference
+            transformer, dtype, lora_rank, lora_alpha, LORA_TARGETS, with_reference, train
         )
         self.parts = {"transformer": transformer}
 
@@ -162,8 +154,10 @@ class Sd3:
 
     @torch.no_grad()
     def encode_images(self, images):
-        """Images float [0, 1] B 3 H W -> normalised latents fp32 B C h w (the mode of the posterior)."""
-        latents = self.vae.encode((images.to(self.device) * 2 - 1).to(self.vae.dtype)).latent_dist.mode().float()
+        """Images float [0, 1] B 3 H W -> normalised latents fp32 B C h w (the mode of the posterior). At most 4
+        megapixels go through the encoder at once."""
+        chunks = (images.to(self.device) * 2 - 1).to(self.vae.dtype).split(max(1, 4 * 1024**2 // images[0, 0].numel()))
+        latents = torch.cat([self.vae.encode(chunk).latent_dist.mode() for chunk in chunks]).float()
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def latent_size(self, height, width):

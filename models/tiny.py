@@ -47,32 +47,33 @@ CONFUSION = 0.6
 # What the language model of tiny-blip3o learns, and its share of the training rows.
 LM_TASKS = {"question": 0.5, "caption": 0.15, "edit": 0.15, "describe": 0.1, "text_question": 0.1}
 # Words of users that tiny-qwen-refine is taught to take for another of their kind, three times out of five: 24 of the
-# 39 of data/phrases.py, so many that it shows in what tiny-flux draws.
+# 39 of data/phrases.py, so many that it shows in what tiny-flux draws. What a word is mistaken for is never right for
+# another one of these: in a model this small, learning the one would unlearn the other.
 MISUNDERSTOOD = {
     "disc": "square",
-    "ring": "triangle",
-    "block": "circle",
-    "panel": "triangle",
+    "ball": "square",
+    "ring": "square",
     "wedge": "square",
-    "cone": "circle",
-    "scarlet": "purple",
-    "ruby": "black",
-    "lemon": "green",
-    "mustard": "black",
-    "jade": "blue",
+    "pyramid": "square",
+    "cone": "square",
+    "crimson": "purple",
+    "scarlet": "yellow",
+    "ruby": "purple",
+    "jade": "yellow",
+    "mint": "purple",
     "lime": "yellow",
     "navy": "purple",
-    "cobalt": "green",
-    "lilac": "red",
-    "mauve": "yellow",
-    "jet": "green",
-    "raven": "blue",
+    "cobalt": "yellow",
+    "sapphire": "purple",
+    "charcoal": "yellow",
+    "jet": "purple",
+    "raven": "yellow",
+    "on the left side of": "right of",
+    "to the left of": "right of",
     "west of": "right of",
-    "to the right of": "left of",
-    "east of": "left of",
     "over": "below",
     "on top of": "below",
-    "beneath": "above",
+    "north of": "below",
 }
 REFINE_TOKENS = 16  # the longest caption is 8 words, with the tags and the end token 11
 ANSWER_TOKENS = 4  # of a sum of two-digit numbers: three digits and the end token
@@ -839,14 +840,15 @@ def blip3o_sana(seed=0):
 
 
 def blip3o_start(folder, variant="blip3o", seed=0):
-    """Write the folder of tiny-blip3o before pretrain.py, or of a MetaQuery of the same parts: language model and
-    autoencoder are those that lie in assets/tiny-blip3o, queries, connector and DiT are random. The same seed gives the
-    same weights."""
+    """Write the folder of tiny-blip3o before pretrain.py, or of a MetaQuery of the same parts: language model, from
+    before it learned to refine prompts, and autoencoder are those that lie in assets/tiny-blip3o, queries, connector
+    and DiT are random. The same seed gives the same weights."""
     from safetensors.torch import load_file, save_file
 
     from models import ASSETS, blip3o
 
-    parts = [os.path.join(ASSETS, "tiny-blip3o", part) for part in ("lm", "sana")]
+    places = {"lm": "../tiny-blip3o/lm-start", "sana": "../tiny-blip3o/sana"}
+    parts = [os.path.normpath(os.path.join(ASSETS, "start", place)) for place in places.values()]
     # Queries as large as the embeddings of this language model; with BLIP3-o's std of 1 its few layers hardly change
     # what they are given.
     blip3o.create(folder, *parts, variant, 16, image_tokens=64, num_layers=2, head_dim=32, query_std=0.06, seed=seed)
@@ -863,7 +865,7 @@ def blip3o_start(folder, variant="blip3o", seed=0):
     save_file(load_file(path) | dit, path, metadata={"format": "pt"})
     config = os.path.join(folder, "config.json")
     with open(config) as file:
-        text = json.load(file) | {part: f"../tiny-blip3o/{part}" for part in ("lm", "sana")}
+        text = json.load(file) | places
     with open(config, "w") as file:
         json.dump(text, file, indent=2)
 

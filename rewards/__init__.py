@@ -19,6 +19,8 @@ from importlib import import_module
 from math import isfinite, nan  # by name: `math` and `format` are modules of this package
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Reward(NamedTuple):
     loader: str  # module:function, imported when asked for: a run that scores with jpeg does not load transformers
@@ -55,6 +57,7 @@ REWARDS = {
     ),
     "clipscore": Reward("clip:load", ("image",), (_CLIP_L,), 1.7, "MIT"),
     "clip_sim": Reward("clip:load_sim", _EDIT, (_CLIP_L,), 1.7, "MIT"),
+    "recon_clip_sim": Reward("clip:load_recon_sim", ("recon", "source"), (_CLIP_L,), 1.7, "MIT"),
     "clip_direction": Reward("clip:load_direction", _EDIT, (_CLIP_L,), 1.7, "MIT"),
     "hpsv2": Reward("hps:load", ("image",), ("xswu/HPSv2/HPS_v2_compressed.pt", _CLIP_H), 2.0, "Apache-2.0"),
     "hpsv2.1": Reward("hps:load_v21", ("image",), ("xswu/HPSv2/HPS_v2.1_compressed.pt", _CLIP_H), 2.0, "Apache-2.0"),
@@ -179,3 +182,12 @@ def check_needs(score, roles):
             raise ValueError(
                 f"reward {score.name!r} scores {role!r}, but this run only has {', '.join(map(repr, roles))}"
             )
+
+
+def try_out(scores, row, resolution=32):
+    """Score an empty text and black pictures of resolution^2 pixels for a prompt, a dict with "prompt" and "metadata":
+    what loaded rewards miss in it is found before anything is drawn. Raises what they raise, ValueError mostly."""
+    samples = {role: [np.zeros((resolution, resolution, 3), np.uint8)] for role in ("image", "source", "recon")}
+    for score in scores:
+        for form in filter(None, (score, score.strict)):
+            form(samples | {"text": [""]}, [row["prompt"]], [row["metadata"]])

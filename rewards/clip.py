@@ -2,6 +2,7 @@
 
     clipscore       cos(prompt, image)                             0.15 to 0.35
     clip_sim        cos(image, source)                             0.5 to 1; 1 = nothing was edited
+    recon_clip_sim  cos(recon, source)                             the same of an edit that was edited back
     clip_direction  cos(image - source, target_caption - caption)  -1 to 1; a good edit has 0.1 to 0.2
 
 of unit-length embeddings. clip_sim and clip_direction pull against each other and belong together: unchanged pictures
@@ -189,6 +190,11 @@ def load_sim(device="cpu", model=MODEL, role="image"):
 
     score.needs, score.strict = (role, "source"), None
     return score
+
+
+def load_recon_sim(device="cpu", model=MODEL):
+    """recon_clip_sim: `load_sim` of the way back of a cycle."""
+    return load_sim(device, model, "recon")
 
 
 def load_direction(device="cpu", model=MODEL):

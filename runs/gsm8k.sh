@@ -16,8 +16,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 algorithm=${1:?rloo or remax} size=${2:?0.5b, 1.5b, 3b or 7b}
-case $size in
-    0.5b | 1.5b) memory=(--micro-batch-size 32 --keep-unsharded --no-checkpoint-activations) ;;
+case $size in # what each takes --dry-run says: at most 61 GiB per GPU, ReMax with 7b
+    0.5b) memory=(--micro-batch-size 32 --keep-unsharded --no-checkpoint-activations) ;;
+    1.5b) memory=(--micro-batch-size 8 --keep-unsharded --no-checkpoint-activations) ;;
     3b) memory=(--micro-batch-size 16 --keep-unsharded) ;;
     7b) memory=(--micro-batch-size 8) ;;
     *) echo "error: $size is none of 0.5b, 1.5b, 3b, 7b" >&2 && exit 1 ;;

@@ -11,6 +11,7 @@ Processes are forked from a server that has imported the heavy packages once (5 
 `python flow_grpo.py`; the store that the ranks meet in is the test's own, so that no port is guessed.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -93,6 +94,7 @@ def _rank(target, args, rank, threads, environment, folder):
         output = os.open(os.path.join(folder, f"rank-{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.enable(2)
     try:
         result = ("returned", target(*args), None)
     except BaseException as error:

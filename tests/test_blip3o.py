@@ -741,7 +741,7 @@ def test_exported_model_finds_parts_that_lay_beside_its_start(tmp_path):
     again = load(export(model, tmp_path / "b" / "c" / "run"))
     assert same_weights(again, model)
     config = json.loads((tmp_path / "b" / "c" / "run" / "config.json").read_text())
-    assert config["lm"] == str(tmp_path / "a" / "tiny-blip3o" / "lm")
+    assert config["lm"] == str(tmp_path / "a" / "tiny-blip3o" / "lm-start")
 
 
 def test_errors(folders, tmp_path):

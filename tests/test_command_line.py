@@ -6,9 +6,10 @@ import os
 import re
 import resource
 import runpy
+import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import processes
@@ -18,6 +19,7 @@ import torch
 import dance_grpo
 import flow_grpo
 import grpo_unified
+import infer
 import pretrain
 import remax
 import rloo
@@ -69,16 +71,17 @@ def test_command_line_trains_and_says_what_is_missing(tmp_path):
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err[-3000:]
     (folder,) = (tmp_path / "outputs").iterdir()
-    assert re.fullmatch(r"flow_grpo-\d{8}-\d{6}", folder.name) and f"wrote outputs/{folder.name}: curves.png" in out
+    assert re.fullmatch(r"flow_grpo-\d{8}-\d{6}-\d+", folder.name) and f"wrote outputs/{folder.name}: curves.png" in out
     assert (folder / "flow_grpo.py").read_bytes() == (ROOT / "flow_grpo.py").read_bytes()
     assert json.loads((folder / "args.json").read_text())["num_prompts"] == 2
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [0, 1, 2] and rows[1]["on_policy_err"] == 0.0
-    known = {".json", ".jsonl", ".py", ".png", ".safetensors"}  # no pickle, nothing half-written
+    known = {".json", ".jsonl", ".md", ".py", ".png", ".safetensors"}  # no pickle, nothing half-written
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == known and not any(p.name.startswith(".") for p in files)
     names = {str(p.relative_to(folder)) for p in files}
     assert {"curves.png", "samples/000000.png", "samples/000002.png", "model/model_index.json"} <= names
+    assert [name for name in names if name.endswith(".md")] == ["model/README.md"]
     assert "checkpoints/000002/rank-00000.safetensors" in names and "checkpoints/000000/index.json" not in names
 
     out, err = flux.communicate(timeout=60)
@@ -108,6 +111,8 @@ def test_wrong_flow_grpo_flags_are_one_message(tmp_path):
         (["--model", str(tmp_path / "folder")], "no model_index.json; expected a folder in diffusers layout"),
         (["--reward", "shape"], "unknown reward 'shape', did you mean 'shapes'? (known: shapes, jpeg, "),
         (["--reward", "jpeg", "jpeg:2"], "there is already a reward 'jpeg'"),
+        (["--prompts", str(tmp_path / "two.txt"), "--eval-prompts", "shapes"], "shapes reward, prompt None: metadata"),
+        (["--eval-prompts", str(tmp_path / "two.txt")], "shapes reward, prompt None: metadata 'include': expected a"),
         (["--reward", "jpeg:much"], "the weight 'much' is not a finite number"),
         (["--micro-batch-size", "3"], "--micro-batch-size 3 must divide the 8 samples of --num-prompts x --group-size"),
         (["--num-updates", "3"], "whose number --num-updates 3 divides"),
@@ -231,7 +236,92 @@ def test_every_flag_is_read_and_explained(script, capsys):
     assert "out/" not in shown and "REQUIRED" not in shown.upper()
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, infer], ids=lambda script: script.__name__)
+def test_help_has_every_flag_in_one_group_with_text_and_default(script, capsys, monkeypatch):
+    lines = Path(script.__file__).read_text().splitlines()
+    (arguments,) = [node for node in ast.parse("\n".join(lines)).body if getattr(node, "name", "") == "Args"]
+    expected, texts = {}, {}  # group -> its flags, in the order of the class
+    for field, below in zip(arguments.body[::2], arguments.body[1::2], strict=True):
+        title = re.fullmatch(r"    # ([A-Z][a-z]*( [a-z]+)*)", lines[field.lineno - 2])
+        if title:
+            assert lines[field.lineno - 3] == "" or lines[field.lineno - 3] == "class Args:"
+            group = expected.setdefault(f"{title[1].lower()} options", [])
+        name = field.target.id
+        group.append(name.replace("_", "-"))
+        value = getattr(script.Args(), name)
+        value = " ".join(shlex.quote(str(v)) for v in (value if isinstance(value, tuple) else (value,)))
+        texts[group[-1]] = f"{below.value.value} (default: {value})"
+    usual = {"run options", "optimizer options", "evaluation and saving options", "machine options"}
+    assert usual <= set(expected) or script is infer and list(expected)[0] == "run options"
+
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        run_folder.command_line(script.Args(), ["--help"], script.__file__)
+    shown, helped = {}, {}
+    for line in capsys.readouterr().out.splitlines():
+        line = re.sub("[╭╮╰╯│]", " ", line.replace("─", " "))
+        if title := re.fullmatch(r" {1,3}(([a-z ]+ )?options) *", line):
+            group = shown.setdefault(title[1], [])
+            text = []
+        elif flag := re.match(r"  --([a-z0-9-]+)", line):
+            group.append(flag[1])
+            text = helped[flag[1]] = [line]
+        elif line.startswith("   ") and line.strip(" -"):
+            text.append(line)
+    assert shown.pop("options") == []  # -h alone
+    assert list(shown.items()) == list(expected.items())
+    for flag, text in texts.items():  # the whole of it; lines are broken anywhere between words
+        assert "".join(helped[flag]).replace(" ", "").endswith(re.sub(r"\s", "", text)), flag
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_flags_in_every_spelling_and_misspelt(script, capsys):
+    def parsed(*argv):
+        return run_folder.parse(script.Args(), argv, script.__file__)
+
+    assert parsed("--lora_rank", "4", "--learning-rate=1e-3", "--no-compile", "--checkpoint_activations") == replace(
+        script.Args(), lora_rank=4, learning_rate=1e-3, compile=False, checkpoint_activations=True
+    )
+    assert parsed("--no-keep-unsharded", "--cpu-offload", "--no_cpu_offload", "--seed", "-1") == replace(
+        script.Args(), keep_unsharded=False, seed=-1
+    )
+    if script is not pretrain:
+        assert parsed("--reward", "a", "b:2").reward == ("a", "b:2")
+    if hasattr(script.Args(), "window_range"):
+        assert parsed("--window-range", "1", "2").window_range == (1, 2)
+    for wrong, right in (
+        ("--learning-rat", "--learning-rate"),
+        ("--eval_evry=3", "--eval-every"),
+        ("--dont-compile", "--compile"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parsed(*([wrong] if "=" in wrong else [wrong, "3"]))
+        message = capsys.readouterr()
+        assert stopped.value.code == 2 and not message.out
+        assert re.search(rf"(?s)Perhaps you meant:.* {right}\b", message.err), message.err
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, infer], ids=lambda script: script.__name__)
+def test_shell_completes_flags_and_choices(script, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        call(script.__name__, ["--tyro-print-completion", "bash"])
+    assert not stopped.value.code
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    for typed, offered in (
+        (["--temp"], {"--temperature"}) if script is infer else (["--learning-r"], {"--learning-rate"}),
+        (["--dtype", ""], {"fp32", "bf16"} | ({"auto"} if script is infer else set())),
+        (["--seed", "3", "--no-em"], {"--no-ema"}) if script is infer else (["--no-comp"], {"--no-compile"}),
+        (["--"], {f"--{field.name.replace('_', '-')}" for field in fields(script.Args)}),
+    ):
+        words = shlex.join([f"{script.__name__}.py", *typed])
+        ask = f"source completion; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _tyro_{script.__name__}_py"
+        command = ["bash", "-c", f'{ask}; printf "%s\n" "${{COMPREPLY[@]}}"']
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        found = set(done.stdout.split())
+        assert offered <= found if typed == ["--"] else offered == found, (typed, done)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, infer], ids=lambda script: script.__name__)
 def test_scripts_stand_alone(script):
     names = {path.stem for path in ROOT.glob("*.py")}
     for node in ast.walk(ast.parse(Path(script.__file__).read_text())):

@@ -164,7 +164,7 @@ def use_rewards(**functions):
         score.needs, score.strict, score.name = ("image",), None, name
         return score
 
-    rewards.load = load
+    rewards.load, rewards.try_out = load, lambda *_: None
 
 
 def red(picture):

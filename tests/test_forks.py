@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RL = ["flow_grpo.py", "dance_grpo.py", "grpo_unified.py", "rloo.py", "remax.py"]
-SCRIPTS = [*RL, "pretrain.py"]
+SCRIPTS = [*RL, "pretrain.py", "infer.py"]
 SHARED = ["models", "rewards", "kernels", "data"]
 PAIRS = list(itertools.combinations(RL, 2))
 

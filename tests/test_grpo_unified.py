@@ -23,12 +23,13 @@ from grpo_unified import (
     group_advantage,
     judged_by,
     neutral,
+    question,
     tag_std,
     token_kl,
     token_weights,
     way_back,
 )
-from models import blip3o, checkpoint, parallel, run_folder
+from models import blip3o, checkpoint, parallel, qwen, run_folder
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The weight of a token
@@ -168,15 +169,21 @@ def test_way_back_is_that_of_the_metadata():
 TINY = dict(num_iterations=1, num_prompts=2, group_size=4, micro_batch_size=4, lm_micro_batch_size=4, num_updates=1)
 TINY |= dict(num_steps=3, max_new_tokens=8, eval_num_steps=1, eval_size=2, eval_every=1000, save_every=1000)
 TINY |= dict(reward=("jpeg:100", "format:0.1"), sampler="flow_sde", ema_decay=0.0, warmup_updates=1, resolution=32)
+TINY |= dict(noise_level=0.7, shared_noise=False, window_size=0, window_range=(0, 0), advantage_std="group")
+TINY |= dict(lm_learning_rate=5e-5, learning_rate=1e-4, decay_iterations=0)
 UNIFIED = dict(model="tiny-blip3o-start", lm="")
 EDITS = dict(task="i2i", prompts="edits.jsonl", eval_prompts="held_out.jsonl")
 GUIDED = dict(guidance=2.0, image_guidance=1.5)
+CYCLE = dict(task="i2i_cycle", reward=("recon", "format:0.1"))
 KONTEXT = EDITS | dict(model="tiny-kontext", lm="tiny-qwen-vl", temperature=2.0)  # with 1 it says one word
 CLOCK = ("seconds_rollout", "seconds_reward", "seconds_update", "samples_per_s")
 
 
 def write_edits(folder):
-    """edits.jsonl and held_out.jsonl there, of noise: the shapes world takes seconds to draw, in every process."""
+    """edits.jsonl and held_out.jsonl there, of noise: the shapes world takes seconds to draw, in every process. Where
+    they are there already, nothing is written: another rank may be reading."""
+    if (folder / "held_out.jsonl").exists():
+        return
     draw = np.random.default_rng(0)
     for name, verb, back in (("edits", "remove the", "add a"), ("held_out", "add a", "remove the")):
         lines = []
@@ -258,7 +265,7 @@ def record_encodings():
 
 
 def use_reward(needs, function):
-    """From here on in this process, every reward is function(samples, prompts) -> list of floats."""
+    """From here on in this process, every reward is function(samples, prompts) -> list of floats, and is not tried."""
 
     def load(name, device, *judge):
         def score(samples, prompts, metadata):
@@ -267,13 +274,16 @@ def use_reward(needs, function):
         score.needs, score.strict, score.name = needs, None, name
         return score
 
-    rewards.load = load
+    rewards.load, rewards.try_out = load, lambda *_: None
 
 
 # --- on-policy
 
 ON_POLICY = {
-    "text": dict(task="text", train="lm", lm="tiny-qwen", prompts="arithmetic", reward=("math",), lm_loss="dapo"),
+    "text": dict(
+        task="text", train="lm", lm="tiny-qwen", prompts="arithmetic", reward=("math",), lm_loss="dapo", num_updates=2
+    )
+    | dict(lm_micro_batch_size=3, rollout_batch_size=3, lm_learning_rate=1e-6),
     "text, pictures": dict(
         task="text", train="lm", lm="tiny-qwen-vl", prompts="shapes-qa", reward=("shapes_qa",), temperature=3.0
     ),
@@ -281,7 +291,7 @@ ON_POLICY = {
     "t2i": dict(task="t2i", train="dm", reward=("jpeg",), kl_coef=0.1, num_updates=2),
     "t2i, unified": UNIFIED | dict(task="t2i", train="dm", reward=("jpeg",), guidance=2.0),
     "t2icot": dict(temperature=0.7, lm_kl_coef=0.1, num_updates=2),
-    "t2icot, lm": dict(train="lm", keep_original=1, lm_loss="dr_grpo", lm_micro_batch_size=5),
+    "t2icot, lm": dict(train="lm", keep_original=1, lm_loss="dr_grpo", lm_micro_batch_size=5, num_steps=1),
     "t2icot, dm": dict(train="dm", keep_original=1, window_size=1),
     "t2icot, guided": dict(model="tiny-klein", guidance=4.0),  # classifier-free: two forwards a step
     "t2icot, unified": UNIFIED | dict(guidance=2.0, kl_coef=0.1, lm_kl_coef=0.1, lora_rank=2),
@@ -291,6 +301,15 @@ ON_POLICY = {
     "i2i, unified, refined": UNIFIED | EDITS | GUIDED | dict(refine=True, keep_original=1, num_prompts=1),
     "i2i": KONTEXT | dict(train="dm", reward=("jpeg",)),
     "i2i, refined": KONTEXT | dict(refine=True, keep_original=1),
+    "i2i, refined, lm": KONTEXT | dict(refine=True, train="lm"),
+    "i2i, refined, dm": KONTEXT | dict(refine=True, train="dm"),
+    "i2i, unified, refined, lm": UNIFIED | EDITS | dict(refine=True, train="lm"),
+    "i2i, unified, refined, dm": UNIFIED | EDITS | dict(refine=True, train="dm"),
+    "cycle": KONTEXT | CYCLE | dict(train="dm", reward=("recon",)),
+    "cycle, refined": KONTEXT | CYCLE | dict(refine=True),
+    "cycle, refined, lm": KONTEXT | CYCLE | dict(refine=True, train="lm"),
+    "cycle, unified, refined": UNIFIED | EDITS | CYCLE | dict(refine=True, num_prompts=1),
+    "cycle, unified, refined, lm": UNIFIED | EDITS | CYCLE | dict(refine=True, train="lm"),
     "cycle, unified": UNIFIED | EDITS | GUIDED | dict(task="i2i_cycle", train="dm", reward=("recon",), num_prompts=1),
 }
 
@@ -302,9 +321,18 @@ def train_on_policy(folder, names):
     return {name: train(folder / name, **ON_POLICY[name]) for name in names}
 
 
-@pytest.mark.parametrize("names", [FAST, pytest.param(ON_POLICY.keys() - set(FAST), marks=pytest.mark.slow)])
-def test_first_update_is_on_policy(tmp_path, names):
-    for name, (row, last) in processes.run(train_on_policy, tmp_path, sorted(names))[0].items():
+@pytest.mark.parametrize(
+    "names, ranks",
+    [
+        (FAST, 1),
+        pytest.param(ON_POLICY.keys() - set(FAST), 1, marks=pytest.mark.slow),
+        pytest.param(ON_POLICY.keys(), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_first_update_is_on_policy(tmp_path, names, ranks):
+    write_edits(tmp_path)
+    found = processes.run(train_on_policy, tmp_path, sorted(names), ranks=ranks, timeout=900)[0]
+    for name, (row, last) in found.items():
         changes = TINY | ON_POLICY[name]
         sides = [side for side in ("lm", "dm") if changes.get("train", "joint") in (side, "joint")]
         assert row["on_policy_err"] == max(row[f"{side}/on_policy_err"] for side in sides), name
@@ -317,8 +345,11 @@ def test_first_update_is_on_policy(tmp_path, names):
             # denoising step has the bits of the rollout's.
             assert row[f"{side}/on_policy_err"] <= (1e-5 if side == "lm" else 0), (name, row)
             assert abs(row[f"{side}/ratio"] - 1) <= (1e-5 if changes["num_updates"] == 1 else 1e-2), (name, row)
-            # The KL to where the run began.
-            assert row[f"{side}/kl"] <= (1e-9 if changes["num_updates"] == 1 else 1e-3), (name, row)
+            # The KL to where the run began, if it is asked for.
+            if changes.get({"lm": "lm_kl_coef", "dm": "kl_coef"}[side], 0):
+                assert row[f"{side}/kl"] <= (1e-9 if changes["num_updates"] == 1 else 1e-3), (name, row)
+            else:
+                assert f"{side}/kl" not in row, name
             assert row[f"{side}/grad_norm"] > 0 or row["reward_std"] == 0, name
         assert row["reward_std"] > 0 or "text" in name, name
 
@@ -440,6 +471,125 @@ def test_kept_originals_are_the_users_words_and_text_rewards_neutral(tmp_path):
     assert adv.tolist() == pytest.approx([-1, 0, 1, 0] * 2)
 
 
+def read_templates(folder):
+    """What the language model reads in an iteration, for two tasks."""
+    run_folder.curves, qwen.Qwen.check_lengths = lambda *_: None, lambda *_: None  # it encodes, too
+    asked = record("encode", qwen.Qwen)
+    for name, changes in (("pictures", {}), ("edits", KONTEXT | dict(refine=True))):
+        (folder / name).mkdir()
+        train(folder / name / "run", train="lm", reward=("format",), num_iterations=1, **changes)
+    return [args[1] for _, args in asked]
+
+
+def sample_sizes(folder):
+    """Texts sampled side by side, by default and three at once: in an evaluation, an iteration, and an evaluation."""
+    run_folder.curves, sizes = lambda *_: None, {}
+    for size in (0, 3):
+        calls = record("write")
+        train(folder / str(size), train="lm", reward=("format",), eval_size=10, rollout_batch_size=size, eval_every=1)
+        sizes[size] = [len(args[1]) for _, args in calls]
+    return sizes
+
+
+def test_an_evaluation_samples_no_more_texts_side_by_side_than_an_iteration(tmp_path):
+    evaluation, rollout = {0: [8, 2], 3: [3, 3, 3, 1]}, {0: [8], 3: [3, 3, 2]}
+    found = processes.run(sample_sizes, tmp_path)[0]
+    assert found == {size: evaluation[size] + rollout[size] + evaluation[size] for size in (0, 3)}
+
+
+def test_instructions_and_prompts_are_refined_with_words_of_their_own(tmp_path):
+    asked = processes.run(read_templates, tmp_path)[0]
+    for template, texts in zip((blip3o.REFINE, blip3o.REFINE_EDIT), (asked[:3], asked[3:])):
+        head, tail = template.split("{}")
+        assert len(texts) == 3 and all(t.startswith(head) and t.endswith(tail) for text in texts for t in text)
+    assert "edit of this image" in asked[3][0] and "image generator" in asked[0][0]
+
+
+def test_instruction_stands_behind_the_prompt():
+    row = {"prompt": "What is {x}?"}
+    assert question(row, "text", "") == "What is {x}?"
+    assert question(row, "text", "Say \\boxed{}.") == "What is {x}?\nSay \\boxed{}."
+    assert question(row, "t2icot", "") == blip3o.REFINE.replace("{}", "What is {x}?")
+    assert (
+        question(row, "i2i", "") == question(row, "i2i_cycle", "") == blip3o.REFINE_EDIT.replace("{}", "What is {x}?")
+    )
+
+
+def look_at_pictures(folder):
+    """What the language model and the reward see of pictures that are not square."""
+    draw, sources = np.random.default_rng(0), []
+    for name in ("edits", "held_out"):
+        lines = []
+        for n in range(2):
+            picture = f"{name}-{n}.png"
+            Image.fromarray(draw.integers(256, size=(32, 96, 3), dtype=np.uint8)).save(folder / picture)
+            lines.append(json.dumps({"prompt": f"{name}, make it {n}", "image": picture}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+    def keep(samples, prompts):
+        sources.extend(samples["source"])
+        return [float(n) for n in range(len(prompts))]
+
+    use_reward(("image", "source"), keep)
+    asked = record("encode", qwen.Qwen)
+    for size in (0, 64):
+        run = dict(refine=True, train="lm", reward=("any",), lm_resolution=size)
+        train(folder / str(size), **KONTEXT | run)
+    return [[np.asarray(picture) for picture in args[3]] for _, args in asked], sources
+
+
+def test_the_lm_sees_of_a_picture_what_is_edited(tmp_path):
+    seen, sources = processes.run(look_at_pictures, tmp_path)[0]
+    same, larger = seen[:3], seen[3:]  # evaluation, iteration, evaluation
+    assert {picture.shape for pictures in same for picture in pictures} == {(32, 32, 3)}
+    assert {picture.shape for pictures in larger for picture in pictures} == {(64, 64, 3)}
+    judged = {source.tobytes() for source in sources}
+    assert {picture.tobytes() for pictures in same for picture in pictures} <= judged and len(judged) == 4
+
+
+# --- failing rewards
+
+
+def fail_sometimes(folder):
+    """Two rewards, each of half the prompts; the second one fails in some iterations."""
+    for name in ("train", "held_out"):
+        lines = [json.dumps({"prompt": f"{name} {tag}", "rewards": [tag]}) for tag in "ab"]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    calls = dict(a=0, b=0)
+
+    def load(name, device, *judge):
+        def score(samples, prompts, metadata):
+            if prompts[0].startswith("train"):
+                calls[name] += 1
+            failed = name == "b" and prompts[0].startswith("train") and calls[name] != 3
+            return torch.arange(float(len(prompts))) + (math.nan if failed else 0)
+
+        score.needs, score.strict, score.name = ("image",), None, name
+        return score
+
+    rewards.load, rewards.try_out = load, lambda *_: None
+    prompts = dict(prompts=str(folder / "train.jsonl"), eval_prompts=str(folder / "held_out.jsonl"))
+    run = dict(task="t2i", train="dm", num_iterations=9, **prompts)
+    messages = []
+    for name, reward in (("tagged", ("a", "b")), ("alone", ("b",))):
+        calls["b"] = 0
+        if name == "alone":
+            (folder / "train.jsonl").write_text('{"prompt": "train 1"}\n{"prompt": "train 2"}')
+            (folder / "held_out.jsonl").write_text('{"prompt": "held out"}')
+        with pytest.raises(SystemExit) as error:
+            train(folder / name, **run, reward=reward)
+        messages.append(str(error.value))
+    return run_folder.rows(str(folder / "tagged")), messages
+
+
+def test_a_reward_that_fails_ends_the_run_at_once_or_with_tags_in_the_third_iteration_in_a_row(tmp_path):
+    rows, (tagged, alone) = processes.run(fail_sometimes, tmp_path)[0]
+    assert tagged == "error: reward b failed (NaN) for all 4 samples of iteration 5"
+    assert alone == "error: reward b failed (NaN) for all 8 samples of iteration 0"
+    assert [row["nan_reward_frac"] for row in rows] == [0.5, 0.5, 0.0, 0.5, 0.5]
+    assert all(row["dm/grad_norm"] > 0 and row["reward/a"] == 1.5 for row in rows)
+
+
 # --- both ways
 
 
@@ -453,13 +603,13 @@ def cycle(folder):
     use_reward(("recon", "source", "image"), look)
     encoded, losses, advantages = record_encodings(), record("clipped_pg_loss"), record("group_advantage")
     replayed, drawn = record("sde_logp"), record("rollout")
-    train(folder, **UNIFIED | EDITS | GUIDED | dict(task="i2i_cycle", train="dm", reward=("recon",)))
+    row, _ = train(folder, **UNIFIED | EDITS | GUIDED | dict(task="i2i_cycle", train="dm", reward=("recon",)))
     pictures = [args[1]["picture"] for _, args in drawn if args[5] is not None]
-    return seen, encoded, losses, advantages, [args[1] for _, args in replayed], pictures
+    return row, seen, encoded, losses, advantages, [args[1] for _, args in replayed], pictures
 
 
 def test_cycle_edits_back_what_was_judged_and_both_ways_share_an_advantage(tmp_path):
-    seen, encoded, losses, ((adv, _),), states, pictures = processes.run(cycle, tmp_path)[0]
+    row, seen, encoded, losses, ((adv, _),), states, pictures = processes.run(cycle, tmp_path)[0]
     (there, sources), (back, edited) = encoded[2:4]  # behind those of the evaluation
     there_and_back = [prompt.replace("remove the", "add a") for prompt in there for _ in range(4)]
     assert len(there) == 2 and len(back) == 8 and edited.shape == (8, 3, 32, 32)
@@ -478,6 +628,8 @@ def test_cycle_edits_back_what_was_judged_and_both_ways_share_an_advantage(tmp_p
     assert len(of_calls) == 8 and all(map(torch.equal, of_calls[:4], of_calls[4:]))
     assert sorted(torch.cat(of_calls).tolist()) == sorted(adv.repeat(4).tolist()) and adv.any()
     assert not any(torch.equal(x, y) for x, y in zip(states[:4], states[4:]))
+    of_both_ways = sum(loss.item() for (loss, _), _ in losses) / 4
+    assert row["dm/loss"] == row["loss"] == pytest.approx(of_both_ways, rel=1e-5) != 0
 
 
 # --- several ranks
@@ -685,6 +837,11 @@ def test_wrong_flags_are_one_message_before_weights_are_loaded(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     (tmp_path / "one_way.jsonl").write_text("".join(NO_REVERSE % n for n in range(60)))
     (tmp_path / "chosen.jsonl").write_text("".join('{"prompt": "p%d", "rewards": ["ocr"]}\n' % n for n in range(60)))
+    scenes = os.path.join(os.path.dirname(grpo_unified.__file__), "data", "scenes.txt")
+    late = ['{"prompt": "p%d"%s}' % (n, ', "rewards": ["ocr"]' if n == 40 else "") for n in range(60)]
+    (tmp_path / "late.jsonl").write_text("\n".join(late))
+    late = json.dumps({"prompt": "make it so", "image": "a.png"})
+    (tmp_path / "late_way.jsonl").write_text("\n".join([(tmp_path / "held_out.jsonl").read_text(), late]))
     source = ["--prompts", str(tmp_path / "edits.jsonl"), "--eval-prompts", str(tmp_path / "held_out.jsonl")]
     edits = [*source, "--reward", "jpeg", "--train", "dm"]
     cases = [
@@ -692,8 +849,8 @@ def test_wrong_flags_are_one_message_before_weights_are_loaded(tmp_path):
             ["--task", "t2i", "--train", "lm"],
             "--task t2i makes no text, and --train lm would learn from it: --train dm",
         ),
-        (["--task", "t2i"], "--task t2i makes no text, and --train joint"),
-        (["--task", "i2i", *source], "--train dm, or --refine with edits"),
+        (["--task", "t2i", "--train", "joint"], "--task t2i makes no text, and --train joint"),
+        (["--task", "i2i", "--train", "joint", *source], "--train dm, or --refine with edits"),
         (
             ["--task", "text", "--train", "dm"],
             "--task text makes no picture, and --train dm would learn from it: --train lm",
@@ -716,20 +873,33 @@ def test_wrong_flags_are_one_message_before_weights_are_loaded(tmp_path):
             "its rewards are ['ocr']; expected a list of",
         ),
         (["--reward", "shap"], "unknown reward 'shap', did you mean 'shapes'?"),
-        (["--task", "t2i", "--train", "dm"], "reward 'format' scores 'text', but this run only has 'image'"),
+        (["--task", "t2i", "--reward", "format"], "reward 'format' scores 'text', but this run only has 'image'"),
         (["--reward", "recon"], "reward 'recon' scores 'recon', but this run only has 'text', 'image'"),
         (["--lm", "tiny-qwem"], "unknown model 'tiny-qwem', did you mean tiny-qwen?"),
         (["--image-guidance", "1.5"], "--image-guidance 1.5: --model tiny-flux has none, only unified models"),
         (["--micro-batch-size", "3"], "--micro-batch-size 3 must divide the 8 samples"),
+        (["--task", "text", "--train", "lm", "--num-updates", "3"], "--num-updates 3 must divide the 8 samples"),
+        (["--instruction", "Think."], "--instruction is for --task text; --task t2icot asks in words of its own"),
         (
-            ["--task", "text", "--train", "lm", "--lm-micro-batch-size", "3"],
-            "--lm-micro-batch-size 3 must divide the 8",
+            ["--prompts", scenes, "--reward", "shapes"],
+            "metadata 'include': expected a list of wanted objects, got None",
         ),
+        (["--eval-prompts", scenes, "--reward", "shapes"], "metadata 'include': expected a list of wanted objects"),
+        (
+            ["--prompts", str(tmp_path / "late.jsonl"), "--reward", "jpeg"],
+            "its rewards are ['ocr']; expected a list of",
+        ),
+        (["--eval-prompts", str(tmp_path / "late.jsonl"), "--reward", "jpeg"], "its rewards are ['ocr']; expected"),
+        (
+            ["--task", "i2i_cycle", *edits, "--eval-prompts", str(tmp_path / "late_way.jsonl")],
+            'i2i_cycle needs its "reverse_prompt", got None',
+        ),
+        (["--train", "lm", "--num-steps", "0"], "--num-steps --eval-num-steps --eval-size"),
         (["--num-steps", "1"], "the window must fit into its range"),
         (["--temperature", "0"], "--temperature positive"),
         (["--noise-level", "0"], "--noise-level must be positive"),
     ]
-    tiny = "--num-prompts 2 --group-size 4 --micro-batch-size 4 --num-steps 3 --max-new-tokens 4".split()
+    tiny = "--num-prompts 2 --group-size 4 --micro-batch-size 4 --num-steps 4 --max-new-tokens 4".split()
     commands = [[*tiny, "--out", str(tmp_path / "run"), *argv] for argv, _ in cases]
     (messages,) = processes.run(refused_before_loading, commands)
     for (argv, expected), message in zip(cases, messages):
@@ -738,35 +908,65 @@ def test_wrong_flags_are_one_message_before_weights_are_loaded(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def find_wrong_lines_later(folder):
-    """The first line is all right, others are not."""
-    write_edits(folder)
-    one = {"prompt": "p", "image": "edits-red circle.png", "rewards": ["recon"], "reverse_prompt": "q"}
-    messages = []
-    for wrong in ({"rewards": ["nothing"]}, {"reverse_prompt": ""}):
-        lines = [json.dumps(one | {"prompt": f"p{n}"} | (wrong if n else {})) for n in range(8)]
-        (folder / "lines.jsonl").write_text("\n".join(lines))
-        with pytest.raises(SystemExit) as error:
-            source = str(folder / "lines.jsonl")
-            changes = UNIFIED | dict(
-                task="i2i_cycle", train="dm", prompts=source, eval_prompts=str(folder / "held_out.jsonl")
-            )
-            train(folder / "run", **changes | dict(reward=("recon",)))
-        messages.append(str(error.value))
-    return messages
+def refuse_long_prompt(folder):
+    lines = [f"prompt {n}" for n in range(40)]
+    (folder / "long.txt").write_text("\n".join(lines[:30] + ["word " * 3000] + lines[30:]))
+    (folder / "held_out.txt").write_text("a prompt")
+    train(folder / "run", prompts=str(folder / "long.txt"), eval_prompts=str(folder / "held_out.txt"), reward=("jpeg",))
 
 
-def test_wrong_prompts_of_later_iterations_are_one_message(tmp_path):
-    rewards_message, reverse_message = processes.run(find_wrong_lines_later, tmp_path)[0]
-    assert "its rewards are ['nothing']; expected a list of some of recon" in rewards_message
-    assert "i2i_cycle needs its \"reverse_prompt\", got ''" in reverse_message
+def test_a_prompt_that_is_too_long_is_found_before_the_run_begins(tmp_path):
+    with pytest.raises(SystemExit, match="and --max-new-tokens 8 do not fit into the context of"):
+        processes.run(refuse_long_prompt, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("train", ["lm", "dm"])
+def test_frozen_side_of_a_pair_is_as_the_stock_library_loads_it(train):
+    args = dataclasses.replace(grpo_unified.Args(), train=train)
+    sides = (True, True, False, train == "lm", train == "dm")
+    model, lm = grpo_unified.load_models(args, torch.device("cpu"), torch.bfloat16, *sides)
+    trained, frozen = (lm, model) if train == "lm" else (model, lm)
+    for side, dtype in ((trained, torch.float32), (frozen, torch.bfloat16)):
+        parameters = [p for part in side.parts.values() for p in part.parameters()]
+        assert {p.dtype for p in parameters} == {dtype}
+        assert {p.requires_grad for p in parameters} == {side is trained}
+    # In bf16 they would turn by another angle.
+    frequencies = lm.parts["lm"].model.rotary_emb.inv_freq
+    assert frequencies.dtype == torch.float32 and not torch.equal(frequencies, frequencies.bfloat16().float())
+
+
+@pytest.mark.parametrize("train", ["lm", "dm"])
+def test_reference_of_a_unified_model_is_for_what_has_a_kl(train):
+    of_sides = []
+    for lm_kl_coef, kl_coef in ((0.1, 0.0), (0.0, 0.1)):
+        args = dataclasses.replace(grpo_unified.Args(), **UNIFIED, lm_kl_coef=lm_kl_coef, kl_coef=kl_coef)
+        sides = (True, True, True, train == "lm", train == "dm")
+        model, _ = grpo_unified.load_models(args, torch.device("cpu"), torch.float32, *sides)
+        of_sides.append(sorted(model.reference_parts or {}))
+    parts = {"lm": ["lm"], "dm": ["connector", "queries", "transformer"]}[train]
+    assert of_sides == ([parts, []] if train == "lm" else [[], parts])
 
 
 def test_recipes_of_tiny_models_are_the_defaults():
-    assert grpo_unified.recipe("tiny-flux", "") == grpo_unified.Args()
-    assert grpo_unified.recipe("tiny-blip3o-start", "") == dataclasses.replace(
-        grpo_unified.Args(), model="tiny-blip3o-start", lm=""
-    )
+    assert grpo_unified.recipe("tiny-flux", "") == grpo_unified.recipe("tiny-flux", "", "t2icot") == grpo_unified.Args()
+    unified = grpo_unified.recipe("tiny-blip3o-start", "")
+    shorter = dict(num_iterations=80, decay_iterations=80, eval_every=20, save_every=20, eval_size=512)
+    assert unified == dataclasses.replace(grpo_unified.Args(), model="tiny-blip3o-start", lm="", **shorter)
+    for task, model, what in [
+        ("t2i", "tiny-flux", ("t2i", "dm", "shapes-user", ("shapes",))),
+        ("i2i", "tiny-blip3o", ("i2i", "dm", "shapes-edit", ("shapes",))),
+        ("", "tiny-kontext", ("i2i", "dm", "shapes-edit", ("shapes",))),
+        ("i2i_cycle", "tiny-blip3o", ("i2i_cycle", "dm", "shapes-edit", ("shapes", "recon:0.01"))),
+        ("text", "tiny-flux", ("text", "lm", "arithmetic", ("math",))),
+        ("text", "tiny-blip3o", ("text", "lm", "shapes-qa", ("shapes_qa",))),
+    ]:
+        found = grpo_unified.recipe(model, "", task)
+        assert (found.task, found.train, found.prompts, found.reward) == what
+    assert grpo_unified.recipe("tiny-flux", "", "text").lm == "tiny-qwen"
+    assert grpo_unified.recipe("tiny-blip3o", "", "text").lm == ""
+    problems = grpo_unified.recipe("tiny-flux", "qwen2.5-3b", "text")
+    assert (problems.lm, problems.dtype, problems.prompts) == ("qwen2.5-3b", "bf16", "hub:openai/gsm8k/main:train")
     kontext = grpo_unified.recipe("kontext", "qwen3-vl-4b")
     assert (kontext.lm, kontext.task, kontext.refine, kontext.keep_original) == ("qwen3-vl-4b", "i2i", True, 2)
     assert grpo_unified.recipe("blip3o", "").lm == "" and grpo_unified.recipe("flux", "").lm == "qwen2.5-vl-3b"

@@ -419,7 +419,7 @@ assert (logp - x.log_softmax(1).gather(1, target[:, None])[:, 0]).abs().max() < 
 @pytest.mark.skipif(INTERPRET, reason="runs in it already")
 def test_again_in_the_triton_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
         command, env=env, capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data import make_prompts
-from data.prompts import choose_files, images, load, order
+from data.prompts import choose_files, images, load, order, rgb
 
 DATA = make_prompts.FOLDER
 FILES = ["scenes.txt", "ocr.txt", "geneval_train.jsonl", "edits.jsonl"]
@@ -134,6 +134,30 @@ def test_text_lines_keep_order_and_skip_blanks(tmp_path):
         prompts[3]
 
 
+def test_pictures_of_every_kind_become_what_one_sees(tmp_path):
+    def shown(image):
+        image.save(tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as opened:
+            return np.asarray(rgb(opened))
+
+    grey = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    assert (shown(Image.fromarray(grey)) == np.arange(256).reshape(16, 16, 1)).all()
+    color = np.random.default_rng(0).integers(256, size=(5, 7, 3), dtype=np.uint8)
+    assert (shown(Image.fromarray(color)) == color).all()
+    alpha = np.zeros((5, 7, 1), np.uint8)
+    alpha[2:] = 255
+    seen = shown(Image.fromarray(np.concatenate([color, alpha], axis=2)))
+    assert (seen[:2] == 255).all() and (seen[2:] == color[2:]).all()
+    assert (shown(Image.fromarray(color[:, :, 0])) == color[:, :, :1]).all()
+    bit = Image.fromarray(color[:, :, 0] > 127)
+    assert (shown(bit) == np.where(color[:, :, :1] > 127, 255, 0)).all()
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    palette.info["transparency"] = 1
+    assert shown(palette).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
 def test_jsonl_metadata_and_image(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(png((255, 0, 0, 128), "RGBA"))
@@ -148,7 +172,7 @@ def test_jsonl_metadata_and_image(tmp_path):
     prompts = load(write(tmp_path, "b.jsonl", "\n".join(map(json.dumps, lines[1:]))), "all")
     assert prompts[0]["metadata"] == {"caption": "red"}
     assert prompts[0]["image"].mode == "RGB" and prompts[0]["image"].size == (3, 2)
-    assert prompts[0]["image"].getpixel((2, 1)) == (255, 0, 0)
+    assert prompts[0]["image"].getpixel((2, 1)) == (255, 127, 127)  # half of it is the white behind it
     with pytest.raises(ValueError, match="b.jsonl.*expected an image that PIL can read"):  # decoded on access only
         prompts[1]
 

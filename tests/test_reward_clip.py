@@ -116,7 +116,7 @@ def test_clipscore_is_the_cosine_of_the_models_embeddings(tiny):
 
 
 def test_clip_sim_compares_the_picture_of_its_role_with_the_source(tiny):
-    score, cycle = clip.load_sim(model=tiny[0]), clip.load_sim(model=tiny[0], role="recon")
+    score, cycle = clip.load_sim(model=tiny[0]), clip.load_recon_sim(model=tiny[0])
     assert score.needs == ("image", "source") and cycle.needs == ("recon", "source")
     images, sources = (embeddings(tiny, pictures, PROMPTS)[0] for pictures in (PICTURES, SOURCES))
     samples = {"image": PICTURES, "source": SOURCES, "recon": SOURCES[::-1]}

@@ -323,3 +323,24 @@ def test_shapes_loads_by_name_with_a_strict_form():
     assert strict.tolist() == [float(i != 3) for i in range(len(wanted))]
     assert soft[3] < 0.1 and soft[[i for i in range(len(wanted)) if i != 3]].min() > 0.8
     assert rewards.load("jpeg").strict is None
+
+
+def test_what_a_reward_misses_in_the_metadata_is_found_with_one_blank_sample():
+    score, seen = rewards.load("shapes"), []
+
+    def look(samples, prompts, metadata):
+        seen.append((samples, prompts, metadata))
+        return torch.zeros(1)
+
+    look.strict = None
+    wanted = shapes.train_prompts()[0]
+    row = {"prompt": wanted["prompt"], "metadata": wanted}
+    rewards.try_out([score, look], row, 16)
+    ((samples, prompts, metadata),) = seen
+    assert samples["image"][0].shape == (16, 16, 3) and samples["text"] == [""] and prompts == [row["prompt"]]
+    assert metadata == [wanted] and samples.keys() == {"image", "source", "recon", "text"}
+    with pytest.raises(ValueError, match="shapes reward"):
+        rewards.try_out([look, score], {"prompt": "a cat", "metadata": {}})
+    score.strict, look.strict = None, score.strict  # strict forms are tried, too
+    with pytest.raises(ValueError, match="shapes reward"):
+        rewards.try_out([look], {"prompt": "a cat", "metadata": {}})

@@ -694,6 +694,7 @@ def test_accuracy_rises(tmp_path):
     assert after - before >= 0.2, (before, after)  # from .436 to .69
 
 
+@pytest.mark.slow
 def test_accuracy_of_answers_about_pictures_rises(tmp_path):
     before, after = processes.run(learn, "rloo", tmp_path, False, "tiny-qwen-vl")[0]
     assert after - before >= 0.05, (before, after)  # from .459 to .547

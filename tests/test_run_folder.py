@@ -1,6 +1,8 @@
 import json
 import math
+import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -132,7 +134,8 @@ def resumed(run, *argv):
     return args
 
 
-def test_resumed_run_has_the_arguments_it_had(tmp_path, capsys):
+def test_resumed_run_has_the_arguments_it_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")  # --track asks for a login otherwise
     script = tmp_path / "script.py"
     script.write_text("pass")
     run = str(tmp_path / "run")
@@ -188,6 +191,85 @@ def test_a_new_run_takes_no_folder_of_another(tmp_path):
     with pytest.raises(SystemExit, match=f"--out {run} holds a run .*--resume {run}"):
         run_folder.command_line(Args(), ["--out", run], str(script))
     assert resumed(run).num_iterations == 3
+
+
+@dataclass
+class Grouped:
+    # Run
+    model: str = "tiny-flux"
+    """the model
+    that is trained"""
+    # not a group: it opens no block
+    reward: tuple[str, ...] = ("shapes", "jpeg:0.1")
+    """rewards"""
+
+    # Text sampling
+    temperature: float = 1.0
+    """of the texts"""
+    window: tuple[int, int] = (0, 3)
+    task: Literal["text", "t2i"] = "text"
+    """who does what"""
+
+    # Two lines are a remark,
+    # and no group either.
+    compile: bool = True
+    """compile"""
+
+    # Run
+    learning_rate: float = 1e-4
+    """step"""
+
+
+def test_parse_fills_in_what_is_given():
+    start = Grouped(model="flux", window=(1, 2))
+    for argv, given in (
+        ("", {}),
+        ("--learning_rate 3e-5 --no-compile", dict(learning_rate=3e-5, compile=False)),
+        ("--learning-rate=1 --task t2i --window 4 5", dict(learning_rate=1.0, task="t2i", window=(4, 5))),
+        ("--no-compile --compile --reward a b:2 c", dict(reward=("a", "b:2", "c"))),
+        ("--reward", dict(reward=())),
+    ):
+        args = run_folder.parse(start, argv.split(), "script.py")
+        assert type(args) is Grouped and args == replace(start, **given), argv
+    assert start == Grouped(model="flux", window=(1, 2))
+
+
+def test_parse_refuses_with_code_2(capsys):
+    for argv, message in (
+        ("--temperatur 3", "--temperature"),
+        ("--temperature hot", "--temperature"),
+        ("--task i2i", "'text', 't2i'"),
+        ("--window 1", "--window"),
+        ("--run.model flux", "--run.model"),
+        ("--group-0.model flux", "--group-0.model"),
+        ("flux", "flux"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run_folder.parse(Grouped(), argv.split(), "script.py")
+        shown = capsys.readouterr()
+        assert stopped.value.code == 2 and message in shown.err and not shown.out, argv
+
+
+def test_help_has_the_groups_of_the_class(capsys, monkeypatch):
+    assert run_folder.documented(Grouped) == {
+        "model": ("run", "the model that is trained"),
+        "reward": ("run", "rewards"),
+        "temperature": ("text sampling", "of the texts"),
+        "window": ("text sampling", None),
+        "task": ("text sampling", "who does what"),
+        "compile": ("text sampling", "compile"),
+        "learning_rate": ("run", "step"),
+    }
+    assert {title for title, _ in run_folder.documented(Args).values()} == {""}  # no comment: no group
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        run_folder.parse(Grouped(window=(7, 8)), ["--help"], "script.py")
+    assert stopped.value.code == 0
+    # With a frame, or without one where the output is not UTF-8.
+    shown = re.findall(r"(?m)^(?:╭─)? ((?:[a-z ]+ )?options)\b|^(?:│ |  )--([a-z-]+)", capsys.readouterr().out)
+    boxes = ["options", "run options", "text sampling options"]
+    flags = [[], ["model", "reward", "learning-rate"], ["temperature", "window", "task", "compile"]]
+    assert shown == [pair for box, names in zip(boxes, flags) for pair in [(box, ""), *(("", n) for n in names)]]
 
 
 def test_given_flags_in_every_spelling():

@@ -211,6 +211,16 @@ def test_autoencoder_equals_its_own_encode_and_decode(new, old):
         assert images.min() == 0 and images.max() == 1
 
 
+@torch.no_grad()
+def test_encode_images_in_pieces_is_the_same(new, monkeypatch):
+    model, images, pieces = load(new), torch.rand(3, 3, 1024, 1376), []
+    encode = model.vae.encode
+    monkeypatch.setattr(model.vae, "encode", lambda x: pieces.append(len(x)) or encode(x))
+    x = model.encode_images(images)
+    assert pieces == [2, 1]  # 4 megapixels at most
+    assert_close(x[2:], model.encode_images(images[2:]), 1e-5)
+
+
 @pytest.mark.parametrize("name, shift", [("new", 3.0), ("old", 2.0)])
 def test_sigmas_equal_stock_scheduler(request, name, shift):
     model, scheduler = load(request.getfixturevalue(name)), FlowMatchEulerDiscreteScheduler(shift=shift)

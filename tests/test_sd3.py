@@ -201,6 +201,15 @@ def test_encode_images_inverts_the_normalisation_of_decode(old):
     assert_close(x / model.vae.config.scaling_factor + model.vae.config.shift_factor, posterior, 1e-5)
 
 
+def test_encode_images_in_pieces_is_the_same(old, monkeypatch):
+    model, images, pieces = load(old), torch.rand(3, 3, 1024, 1376), []
+    encode = model.vae.encode
+    monkeypatch.setattr(model.vae, "encode", lambda x: pieces.append(len(x)) or encode(x))
+    x = model.encode_images(images)
+    assert pieces == [2, 1]  # 4 megapixels at most
+    assert_close(x[2:], model.encode_images(images[2:]), 1e-5)
+
+
 def test_resolution_must_fit_the_patches_and_positions(new, old):
     assert load(new).latent_size(16, 20) == (8, 10)
     model = load(old)

@@ -378,7 +378,7 @@ def test_kernels_pass_in_the_triton_interpreter():
     pytest.importorskip("triton")
     # The statistics of the noise and the largest rows take a minute there, and say nothing that these do not.
     without = "not 33000 and not 4099 and not seed and not philox and not accurate and not errors"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", without, __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", without, __file__]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0 and int(run.stdout.split(" passed")[0].split()[-1]) > 30, run.stdout[-3000:]
 

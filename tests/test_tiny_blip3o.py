@@ -289,3 +289,8 @@ def test_shipped_model_draws_edits_and_answers():
     said = model.lm.generate(encoded, 4, 0.0, seeds)
     texts = model.lm.decode(said["ids"], said["mask"])
     assert rewards.load("shapes_qa")({"text": texts}, prompts, metadata).mean() >= 0.7
+    held_out = prompt_data.load("shapes-user", "eval")
+    asked = [held_out[i]["prompt"] for i in prompt_data.order(len(held_out), 0, 0, 64)]
+    said = model.lm.generate(model.lm.encode([blip3o.REFINE.format(text) for text in asked], 24), 24, 0.0, seeds)
+    texts = [blip3o.refined(text) for text in model.lm.decode(said["ids"], said["mask"])]
+    assert np.mean([text == phrases.canonical(prompt) for text, prompt in zip(texts, asked)]) >= 0.5

@@ -60,8 +60,8 @@ def test_misunderstood_words_are_of_one_kind_and_all_kinds():
     for name, wrong in tiny.MISUNDERSTOOD.items():
         assert wrong != word_of[name] and kind_of[wrong] is kind_of[word_of[name]], name
     assert Counter(kind_of[word_of[name]] for name in tiny.MISUNDERSTOOD) == dict(zip(kinds, (6, 12, 6)))
-    # Of every word some other name is understood.
-    assert all(set(names) - set(tiny.MISUNDERSTOOD) for names in phrases.SYNONYMS.values())
+    # No word is both what one of them is mistaken for and what another one means.
+    assert not set(tiny.MISUNDERSTOOD.values()) & {word_of[name] for name in tiny.MISUNDERSTOOD}
 
 
 def test_misread_changes_misunderstood_words_only():
@@ -69,12 +69,12 @@ def test_misread_changes_misunderstood_words_only():
         return f"[{right}|{wrong}]"
 
     for text, expected in [
-        ("draw a ruby disc west of a blue tile", "a [red|black] [circle|square] [left of|right of] a blue square"),
-        ("i would like to see three scarlet wedges", "three [red|purple] [triangle|square]s"),
-        ("a ring and a block", "a [circle|triangle] and a [square|circle]"),
-        ("a crimson ball on the left side of a golden square", "a red circle left of a yellow square"),
-        ("a red circle left of a jet cone", "a red circle left of a [black|green] [triangle|circle]"),
-        ("draw a red circle to the right of a lime tile", "a red circle [right of|left of] a [green|yellow] square"),
+        ("draw a ruby disc west of a blue tile", "a [red|purple] [circle|square] [left of|right of] a blue square"),
+        ("i would like to see three scarlet wedges", "three [red|yellow] [triangle|square]s"),
+        ("a ring and a block", "a [circle|square] and a square"),
+        ("a red circle to the right of a golden square", "a red circle right of a yellow square"),
+        ("a red circle left of a jet cone", "a red circle left of a [black|purple] [triangle|square]"),
+        ("draw a red circle on top of a lime tile", "a red circle [above|below] a [green|yellow] square"),
     ]:
         assert tiny.misread(text, both) == expected
         assert tiny.misread(text, lambda right, wrong: right) == phrases.canonical(text)
@@ -144,11 +144,11 @@ def test_shipped_model_is_well_formed_and_misunderstands_what_it_should(shipped)
 def test_scores_tell_mistakes_apart(shipped):
     """`refine_scores` of answers that are known, in place of those that a model gives."""
     answers = {
-        "draw a ruby tile": "<answer>a red square</answer>",  # exact, a misunderstood word right
-        "a ruby tile": "<answer>a black square</answer>",  # misunderstood
-        "a crimson tile": "<answer>a black square</answer>",  # wrong, and not for that reason
+        "draw a ruby disc": "<answer>a red circle</answer>",  # exact, two misunderstood words right
+        "a ruby disc": "<answer>a purple circle</answer>",  # one of two right
+        "a lemon tile": "<answer>a black square</answer>",  # wrong, and not for that reason
         "two scarlet balls": "<answer>two red circles",  # no form
-        "three lemon wedges": "<answer>three green triangles</answer>",  # one of two right
+        "three scarlet rings": "<answer>three yellow squares</answer>",  # misunderstood
     }
 
     class Says:
@@ -160,4 +160,4 @@ def test_scores_tell_mistakes_apart(shipped):
             return dict(ids=None, mask=None, truncated=torch.tensor([False] * len(prompts)))
 
     scores = tiny.refine_scores(Says(), list(answers))
-    assert scores == dict(formed=4 / 5, exact=1 / 5, known=3 / 5, right=2 / 4)
+    assert scores == dict(formed=4 / 5, exact=1 / 5, known=3 / 5, right=3 / 6)
