@@ -168,8 +168,12 @@ def test_wrong_pretrain_flags_are_one_message(tmp_path):
 def run_out_of_memory(module, argv):
     """main, with no more memory than what is in use after the imports and some 700 MB, as in a small container."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20,) * 2)
-    call(module, argv)
+    without = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20, without[1]))
+    try:
+        call(module, argv)
+    finally:  # what brings the error to the test takes memory, too
+        resource.setrlimit(resource.RLIMIT_AS, without)
 
 
 @pytest.mark.parametrize(
