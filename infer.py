@@ -35,7 +35,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import models
@@ -51,7 +51,6 @@ NOISE, REFERENCE, TEXT = range(3)  # what a random number is for: the second key
 ROOT = os.path.dirname(os.path.abspath(__file__))
 UNIFIED = ("blip3o", "metaquery")
 EDITS = {"kontext": "required", "klein": "optional", "blip3o": "optional", "metaquery": "optional"}  # takes a picture
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 SHOWN = 64  # pictures of a grid, at most, from all over the prompts
 
 
@@ -76,8 +75,8 @@ class Args:
 
     # Models
     model: str = ""
-    """diffusion or unified model: alias (see models/__init__.py), hub id, folder in diffusers layout, or run folder
-    (empty = tiny-flux, for i2i tiny-blip3o)"""
+    """diffusion or unified model: alias (see models/__init__.py), hub id (of a LoRA, too, whose card says of what it is
+    one), folder in diffusers layout, or run folder (empty = tiny-flux, for i2i tiny-blip3o)"""
     lm: str = ""
     """language model of t2icot, text and --refine: alias, hub id, folder in transformers layout, or run folder (empty =
     that of --model, if it has one, else tiny-qwen-refine, tiny-qwen, tiny-qwen-vl, or with a --model of full size
@@ -206,25 +205,48 @@ def is_behind(folder, run):
     return newest is not None and checkpoint.iteration(newest) < run["num_iterations"]
 
 
+def find_lora(name, folder, side):
+    """The Source of a LoRA that lies alone in a folder; None where there is none. Its base is what adapter_config.json
+    of PEFT or, with diffusers, the model card names. Raises ValueError where these name none, and for one of the other
+    side."""
+    mine, other = models.LORA_FILES[:: -1 if side == "lm" else 1]
+    path = os.path.join(folder, mine)
+    if not os.path.exists(path):
+        if os.path.exists(os.path.join(folder, other)):
+            raise ValueError(f"--{side} {name} is a LoRA of a {'diffusion' if side == 'lm' else 'language'} model")
+        return None
+    if side == "lm":
+        about = read_json(os.path.join(folder, "adapter_config.json")) or {}
+        base, rank, alpha = (about.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha"))
+    else:
+        from huggingface_hub import ModelCard
+
+        card = os.path.join(folder, "README.md")
+        base = ModelCard.load(card, ignore_metadata_errors=True).data.get("base_model") if os.path.isfile(card) else ""
+        try:
+            with safe_open(path, framework="pt") as opened:
+                about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+                ranks = [opened.get_slice(key).get_shape()[0] for key in opened.keys() if ".lora_A." in key]
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read, save or copy it again ({error})") from None
+        if not ranks:
+            raise ValueError(f"{path}: no lora_A in it; expected a LoRA in diffusers' format")
+        rank, alpha = ranks[0], about.get("transformer.lora_alpha", ranks[0])  # as the stock loader has it
+    if not base or not isinstance(base, str):
+        raise ValueError(f"--{side} {name} is a LoRA and does not say of which model: give the run folder it is from")
+    return Source(name, base, {}, dict(lora_rank=rank, lora_alpha=alpha), path, said=f"{name}, a LoRA on {base}")
+
+
 def find(name, side, ema):
     """The Source of --model (side "model") or --lm (side "lm") `name`. Loads nothing. Raises ValueError for a run that
     has no such model, or no weights yet, and for a LoRA without the name of its base."""
-    folder = name.rstrip("/")
+    folder = models.local(name).rstrip("/")
     above = os.path.dirname(folder)
     if os.path.basename(folder) in ("model", "lm") and os.path.isfile(os.path.join(above, "args.json")):
         folder = above  # the export of a run stands for the run
     run = read_json(os.path.join(folder, "args.json"))
     if run is None:
-        adapter = read_json(os.path.join(folder, "adapter_config.json"))
-        if side == "lm" and adapter and adapter.get("base_model_name_or_path"):
-            options = dict(lora_rank=adapter["r"], lora_alpha=adapter["lora_alpha"])
-            base, weights = adapter["base_model_name_or_path"], os.path.join(folder, LORA_FILES[1])
-            return Source(name, base, {}, options, weights, said=f"a LoRA on {base}")
-        if any(os.path.exists(os.path.join(folder, file)) for file in LORA_FILES):
-            raise ValueError(
-                f"--{side} {name} is a LoRA and does not say of which model: give the run folder it is from"
-            )
-        return Source(name, name)
+        return find_lora(name, folder, side) or Source(name, folder if models.unified(folder) else name)
     if "num_iterations" not in run:
         raise ValueError(f"--{side} {name}: its args.json is not that of a training run")
 
@@ -243,7 +265,7 @@ def find(name, side, ema):
     newest = checkpoint.latest(folder)
     if ema and os.path.isdir(export) and not is_behind(folder, run):
         kind = "averaged" if run["ema_decay"] else "trained"
-        files = [path for path in (os.path.join(export, file) for file in LORA_FILES) if os.path.exists(path)]
+        files = [path for path in (os.path.join(export, file) for file in models.LORA_FILES) if os.path.exists(path)]
         if files:
             said = f"{kind} weights of {export}, a LoRA of rank {lora['lora_rank']} on {base}"
             return Source(name, base, run, options | lora, files[0], said=said)
@@ -266,12 +288,9 @@ def find(name, side, ema):
 
 def read_weights(source):
     """Tensors to put into a model, by the names of parallel.trained."""
-    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    if (
-        not source.prefix
-    ):  # a LoRA: of diffusers, transformer.x.lora_A.weight, or PEFT, base_model.model.x.lora_A.weight
+    if not source.prefix:  # a LoRA: diffusers has transformer.x.lora_A.weight, PEFT base_model.model.x.lora_A.weight
         tensors = load_file(source.weights)
         names = {n: n.replace("base_model.model.", "lm.").replace(".weight", ".default.weight") for n in tensors}
         return {names[n]: tensor for n, tensor in tensors.items()}
@@ -349,7 +368,7 @@ def plan(args, model, lm):
         lm = lm or model or "tiny-qwen"
         if not os.path.isdir(lm) and lm in models.ALIASES:
             raise ValueError(f"--mode text: {lm} makes pictures; take a language model, --lm, or a unified --model")
-        if models.unified(lm) or is_whole(read_json(os.path.join(lm, "args.json")) or {}):
+        if models.unified(models.local(lm)) or is_whole(read_json(os.path.join(lm, "args.json")) or {}):
             sources["model"] = find(lm, "model", args.ema)
             family, lm = models.family(sources["model"].base), ""
     sees = family in UNIFIED

@@ -5,6 +5,7 @@ transformers layout, or a Hugging Face hub id.
 """
 
 import difflib
+import functools
 import importlib
 import json
 import os
@@ -58,6 +59,8 @@ PIPELINES = {
     "blip3o": ("blip3o", "blip3o"),  # unified models: the model_type
     "metaquery": ("metaquery", "blip3o"),
 }
+
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 
 
 def folder_or_id(name, aliases=ALIASES):
@@ -204,6 +207,21 @@ def _supported(name):
     if kind not in PIPELINES:
         raise ValueError(f"{name}: pipeline class {kind} is not supported; supported: {', '.join(PIPELINES)}")
     return PIPELINES[kind]
+
+
+@functools.cache
+def local(name):
+    """A folder for the hub id of an export whose format no library loads by its id: of a LoRA what it says about itself
+    and its weights, of a unified model everything. Any other name is returned as it is. Raises what `hub` raises."""
+    if os.path.isdir(name) or not _is_hub_id(name):
+        return name
+    from huggingface_hub import snapshot_download
+
+    files = ["README.md", "model_index.json", "config.json", "adapter_config.json", *LORA_FILES]
+    folder = hub(name, lambda: snapshot_download(name, allow_patterns=files))
+    if unified(folder):
+        return hub(name, lambda: snapshot_download(name))
+    return folder if any(os.path.exists(os.path.join(folder, file)) for file in LORA_FILES) else name
 
 
 def _hub_file(repo, filename):

@@ -409,7 +409,8 @@ def _usage(kind, adapter, pipeline, folder, base, sources, task, saved):
     settings["num_steps"] = saved.get("eval_num_steps", settings["num_steps"])
     settings = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if value is not None)
     if kind == "unified":
-        note = "A unified model is in a format of its own: it needs the code that made it. FOLDER is this folder."
+        note = "A unified model is in a format of its own: it needs the code that made it. FOLDER is this folder, or "
+        note += "its id on the hub."
         if adapter:
             note += f" The adapter belongs to {code(_shown(base, sources))}, where config.json says that it is."
         return f"{note}\n\n{fenced(f'{line} {settings}'.strip(), 'bash')}"

@@ -485,11 +485,55 @@ def test_language_model_of_a_unified_one_that_was_trained_alone(trained):
 def test_peft_adapter_folder_names_its_base(trained, tmp_path):
     (tmp_path / "adapter").symlink_to(trained / "rloo" / "model")
     said, tensors = loaded(tmp_path / "adapter", "lm")
-    assert said == f"a LoRA on {models.LM_ALIASES['tiny-qwen']}"
+    assert said == f"{tmp_path}/adapter, a LoRA on {models.LM_ALIASES['tiny-qwen']}"
     assert_equal(tensors, saved(trained / "rloo", "model/"))
     (tmp_path / "lora").symlink_to(trained / "lora" / "model")
     with pytest.raises(ValueError, match="is a LoRA and does not say of which model: give the run folder"):
         infer.find(str(tmp_path / "lora"), "model", True)
+    with pytest.raises(ValueError, match="--lm .*/lora is a LoRA of a diffusion model"):
+        infer.find(str(tmp_path / "lora"), "lm", True)
+    with pytest.raises(ValueError, match="--model .*/adapter is a LoRA of a language model"):
+        infer.find(str(tmp_path / "adapter"), "model", True)
+
+
+def test_exports_by_their_hub_id(trained, tmp_path):
+    """From the local cache of the hub, in its own layout; the LoRA of the tiny model says of what as one of FLUX would,
+    in the card. Each makes what its run makes, with the run's settings."""
+    repositories = {"base": models.ALIASES["tiny-flux"], "lora": trained / "lora" / "model"}
+    repositories |= {"adapter": trained / "rloo" / "model", "whole": trained / "whole" / "model"}
+    for name, folder in repositories.items():
+        there = tmp_path / "hub" / f"models--owner--{name}"
+        shutil.copytree(folder, there / "snapshots" / ("0" * 40))
+        (there / "refs").mkdir()
+        (there / "refs" / "main").write_text("0" * 40)
+    card = tmp_path / "hub" / "models--owner--lora" / "snapshots" / ("0" * 40) / "README.md"
+    assert card.read_text().startswith("---\n") and "base_model" not in card.read_text()
+    card.write_text(card.read_text().replace("---\n", "---\nbase_model: owner/base\n", 1))
+    drawn = dict(prompt=tuple(PROMPTS[:2]), num_steps=4, resolution=32, dtype="fp32")
+    asked = dict(mode="text", prompt=("What is 3 + 4?",), max_new_tokens=8)
+    commands = {
+        "lora": dict(model="owner/lora", guidance=1.5, **drawn),
+        "whole": dict(model="owner/whole", guidance=2.5, **drawn),
+        "rloo": dict(lm="owner/adapter", **asked),
+    }
+    program = (
+        "import json, sys, infer\n"
+        "for name, command in json.loads(sys.argv[1]).items():\n"
+        "    lists = {key: tuple(value) for key, value in command.items() if isinstance(value, list)}\n"
+        "    infer.main(infer.Args(**command | lists, out=f'{sys.argv[2]}/hub-{name}'))\n"
+    )
+    environment = os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
+    line = [sys.executable, "-c", program, json.dumps(commands), str(tmp_path)]
+    result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name, command in commands.items():
+        run = {"lm" if "lm" in command else "model": str(trained / name)}
+        infer.main(infer.Args(**command | run, out=str(tmp_path / f"run-{name}")))
+        a, b = (infer.results(tmp_path / f"{kind}-{name}") for kind in ("hub", "run"))
+        assert a.keys() == b.keys() and all(a[key].get("text") == b[key].get("text") for key in a)
+        for row in a.values() if name != "rloo" else ():
+            a, b = (np.asarray(Image.open(tmp_path / f"{kind}-{name}" / row["file"])) for kind in ("hub", "run"))
+            assert np.array_equal(a, b)
 
 
 def test_unified_model_of_a_run(trained):
