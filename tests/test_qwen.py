@@ -52,7 +52,7 @@ def make_folder(folder, tied, vocab_size=None, **config):
     )
     lm = Qwen2ForCausalLM(Qwen2Config(**(dimensions | config)))
     with torch.no_grad():
-        lm.model.norm.weight.mul_(2)  # logits of standard deviation 2
+        lm.model.norm.weight.mul_(1.25)  # logits of standard deviation 1.25
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

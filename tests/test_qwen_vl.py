@@ -88,7 +88,7 @@ def make_folder(folder, family, tied=False, **config):
         config = Qwen3VLConfig(text_config=text | config, vision_config=vision, tie_word_embeddings=tied, **tokens)
         lm = Qwen3VLForConditionalGeneration(config)
     with torch.no_grad():
-        lm.model.language_model.norm.weight.mul_(2)
+        lm.model.language_model.norm.weight.mul_(1.25)
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # The limits in pixels, by the keys that Qwen's own files of either family have
